@@ -1,0 +1,53 @@
+"""Buffers that users hand in, and buffers of ours that they may still hold."""
+
+from __future__ import annotations
+
+import gc
+
+from ._typing import Buffer
+
+
+def readable(data: Buffer, name: str = "data") -> memoryview:
+    """
+    The bytes of a buffer, without a copy.
+
+    :raises TypeError: it is no buffer
+    :raises BufferError: its bytes are not contiguous
+    """
+    view = memoryview(data)
+    if view.format == "B" and view.ndim == 1 and view.c_contiguous:
+        return view
+    if not view.c_contiguous:
+        raise BufferError(f"{name} must be contiguous, as bytes() of it would be")
+    # A cast cannot take a shape with a zero in it.
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def writable(buffer: Buffer, name: str = "buffer") -> memoryview:
+    """
+    The bytes of a buffer that can be stored to, without a copy.
+
+    :raises TypeError: it is no buffer, or it is read-only
+    :raises BufferError: its bytes are not contiguous
+    """
+    view = memoryview(buffer)
+    if view.readonly:
+        raise TypeError(f"{name} must be writable, not a read-only {type(buffer).__name__}")
+    return readable(view, name)
+
+
+def release(view: memoryview) -> bool:
+    """
+    Release a buffer of ours. Whether the memory is free of buffers derived from it.
+
+    Releasing a memoryview does not revoke slices, casts and arrays made from it, and says
+    nothing about them. CPython's memoryviews of one origin share an object that lets go of the
+    memory with the last of them, and that the garbage collector can see: it still refers to
+    the exporter while one is alive.
+    """
+    origin = gc.get_referents(view)
+    try:
+        view.release()
+    except BufferError:
+        return False
+    return not any(gc.get_referents(each) for each in origin)

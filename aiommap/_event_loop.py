@@ -1,0 +1,191 @@
+"""The event loop under us: who runs, how a task parks, how a thread posts back.
+
+anyio carries everything that can wait until a scope is cancelled. Three things it does not
+offer, or not at the price of a memory access, and they live here and nowhere else:
+
+* the identity of the running task (a view belongs to one task, a lease has an owner);
+* parking a task and waking exactly that one, without an event object per waiter;
+* a call posted to the loop from a thread that does not wait for it. ``anyio.from_thread``
+  waits for the answer, so a worker would stand still until the loop has time, and it is
+  tied to anyio's own threads, which drop work whose caller was cancelled.
+
+A :class:`Parking` is one wait of one task. :meth:`~Parking.park` may be cancelled in any way
+the loop knows: an anyio scope, trio's own, native ``task.cancel()``. A wake-up that meets a
+cancellation in the same tick can still end in the exception (asyncio) or in the wake-up
+(trio), so the caller looks at what it waited for, not at how the wait ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
+
+if TYPE_CHECKING:
+    import trio
+
+Args = TypeVarTuple("Args")
+
+
+class Parking(Protocol):
+    """One wait of the task that created it."""
+
+    def wake(self) -> None:
+        """End the wait; again, or after the task left, it does nothing. Loop thread only."""
+
+    async def park(self) -> None:
+        """Wait for :meth:`wake`. Cancellable; returns at once if already woken."""
+
+
+class EventLoop(Protocol):
+    """What the other modules know of the running event loop."""
+
+    name: str
+
+    def is_running_here(self) -> bool:
+        """Whether the caller runs inside this loop, in its thread."""
+
+    def current_task(self) -> object:
+        """The running task. :raises RuntimeError: outside a task of this loop"""
+
+    def parking(self) -> Parking:
+        """A new wait for the current task."""
+
+    def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
+        """Have the loop call ``callback`` soon, from any thread; False if the loop is over."""
+
+    async def checkpoint(self) -> None:
+        """Let others run, and be cancelled."""
+
+
+class _AsyncioParking:
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[None] = loop.create_future()
+
+    def wake(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    async def park(self) -> None:
+        if self._future.cancelled():
+            # An earlier park() of this wait was cancelled; the draining caller parks again.
+            self._future = self._loop.create_future()
+        await self._future
+
+
+class AsyncioLoop:
+    """asyncio, with any loop (uvloop) and any task factory (eager tasks)."""
+
+    __slots__ = ("_loop",)
+    name = "asyncio"
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def is_running_here(self) -> bool:
+        return asyncio._get_running_loop() is self._loop
+
+    def current_task(self) -> object:
+        # asyncio.current_task() raises RuntimeError by itself where no loop runs.
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("not in a task: call this from a coroutine that a task runs")
+        return task
+
+    def parking(self) -> Parking:
+        return _AsyncioParking(self._loop)
+
+    def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
+
+    async def checkpoint(self) -> None:
+        await asyncio.sleep(0)
+
+
+class _TrioParking:
+    __slots__ = ("_parked", "_task", "_woken")
+
+    def __init__(self, task: trio.lowlevel.Task) -> None:
+        self._task = task
+        self._parked = False
+        self._woken = False
+
+    def wake(self) -> None:
+        if self._woken:
+            return
+        self._woken = True
+        if self._parked:
+            self._parked = False
+            _trio().lowlevel.reschedule(self._task)
+
+    async def park(self) -> None:
+        if self._woken:
+            return
+        self._parked = True
+        await _trio().lowlevel.wait_task_rescheduled(self._abort)
+
+    def _abort(self, _: Any) -> trio.lowlevel.Abort:
+        self._parked = False
+        succeeded: trio.lowlevel.Abort = _trio().lowlevel.Abort.SUCCEEDED
+        return succeeded
+
+
+class TrioLoop:
+    """trio, also in guest mode."""
+
+    __slots__ = ("_token", "checkpoint", "current_task")
+    name = "trio"
+
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+        # Bound once: they are on the path of every access.
+        self.checkpoint = _trio().lowlevel.checkpoint
+        self.current_task = _trio().lowlevel.current_task
+
+    def is_running_here(self) -> bool:
+        lowlevel = _trio().lowlevel
+        return lowlevel.in_trio_run() and lowlevel.current_trio_token() is self._token
+
+    def parking(self) -> Parking:
+        return _TrioParking(self.current_task())
+
+    def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
+        trio = _trio()
+        try:
+            self._token.run_sync_soon(callback, *args)
+        except trio.RunFinishedError:
+            return False
+        return True
+
+
+def _trio() -> Any:
+    # Never imported by us: where trio runs, somebody has.
+    return sys.modules["trio"]
+
+
+def in_trio_task() -> bool:
+    """Whether the caller is a trio task (asked first: in guest mode both loops run here)."""
+    trio = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_task()
+
+
+def current_event_loop() -> EventLoop:
+    """
+    The event loop the caller runs in.
+
+    :raises RuntimeError: when no task of asyncio or trio is running in this thread
+    """
+    if in_trio_task():
+        return TrioLoop(_trio().lowlevel.current_trio_token())
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        raise RuntimeError("no event loop runs in this thread: call this from asyncio or trio")
+    return AsyncioLoop(loop)

@@ -1,0 +1,177 @@
+"""The open file under a map: how it is opened, created, measured and given back.
+
+Synchronous, for worker threads. A :class:`File` owns one descriptor and closes it when the
+last map, flush or pending flush that uses it lets go; nothing else closes it, so a descriptor
+number in use can never be somebody else's file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ._kernel import Kernel
+from ._options import Protection
+
+Filename = str | bytes | None
+
+
+@contextmanager
+def naming(filename: Filename) -> Iterator[None]:
+    """Give the kernel's errors the path they are about, where it is known."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None and filename is not None:
+            exc.filename = filename
+        raise
+
+
+class File:
+    """A descriptor of ours, with what is known of its file."""
+
+    __slots__ = ("anonymous", "fd", "filename", "in_memory", "kernel", "mincore_is_honest")
+
+    def __init__(
+        self, kernel: Kernel, fd: int, filename: Filename = None, *, anonymous: bool = False
+    ) -> None:
+        self.kernel = kernel
+        self.fd = fd
+        self.filename = filename
+        self.anonymous = anonymous
+        self.in_memory = anonymous
+        self.mincore_is_honest = anonymous
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def inspect(self, *, writable: bool) -> None:
+        """
+        Find out what the file is.
+
+        :param writable: the caller may write the file
+        :raises OSError: ENODEV for what has no pages to map, as the kernel says it for
+            directories and pipes
+        """
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.filename)
+        self.in_memory = self.kernel.file_is_in_memory(self.fd)
+        # The kernel says "all resident" to whoever neither owns nor may write the file
+        # (can_do_mincore() in mm/mincore.c).
+        self.mincore_is_honest = writable or (
+            hasattr(os, "geteuid") and os.geteuid() == status.st_uid
+        )
+
+    def size(self) -> int:
+        """Bytes of the file now."""
+        with naming(self.filename):
+            return self.kernel.file_size(self.fd)
+
+    def reserve(self, offset: int, length: int, *, grow: bool = False) -> bool:
+        """Give a range blocks, see :meth:`Kernel.reserve`."""
+        with naming(self.filename):
+            return self.kernel.reserve(self.fd, offset, length, grow=grow)
+
+
+def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
+    """
+    A descriptor of our own for a file that the caller has open. Never waits.
+
+    It shares the caller's open file: its access mode, and the kernel's one report of a failed
+    write-back.
+    """
+    with naming(filename):
+        return File(kernel, kernel.duplicate(fd), filename)
+
+
+def open_file(kernel: Kernel, path: str | bytes, protection: Protection) -> File:
+    """Open by path with the rights that the protection needs, and no more."""
+    flags = os.O_RDWR if protection is Protection.READ_WRITE else os.O_RDONLY
+    return File(kernel, os.open(path, flags | _SAFE_FLAGS), path)
+
+
+# Without O_NONBLOCK the open of a FIFO waits for its other end, for ever.
+_SAFE_FLAGS = (
+    getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+)
+
+# Written where blocks cannot be reserved, in pieces: 1 MiB is one bio on common disks.
+_ZEROS = 1 << 20
+
+
+def create_file(
+    kernel: Kernel, path: str | bytes, length: int, *, exist_ok: bool, mode: int
+) -> tuple[File, bool]:
+    """
+    A file of ``length`` bytes, and whether it is new, whose blocks are reserved and whose name is durable.
+
+    With ``exist_ok`` a file that is there keeps its content and grows.
+
+    :raises FileExistsError: it is there, and ``exist_ok`` is false
+    :raises ValueError: it is there and longer than ``length``
+    :raises OSError: ENOSPC, EDQUOT, EFBIG...; no new file is left behind
+    """
+    flags = os.O_RDWR | os.O_CREAT | _SAFE_FLAGS
+    try:
+        fd = os.open(path, flags | os.O_EXCL, mode)
+        created = True
+    except FileExistsError:
+        if not exist_ok:
+            raise
+        fd = os.open(path, flags, mode)
+        created = False
+    file = File(kernel, fd, path)
+    try:
+        file.inspect(writable=True)
+        grow_file(file, length, new=created)
+        with naming(path):
+            kernel.sync_all(fd)
+            kernel.sync_directory(os.path.dirname(path) or os.curdir)
+    except BaseException:
+        if created:
+            remove_file(file)
+        raise
+    return file, created
+
+
+def grow_file(file: File, length: int, *, new: bool) -> None:
+    """Reserve blocks up to ``length``, then make the file as long; it is never cut."""
+    size = file.size()
+    if size > length:
+        raise ValueError(
+            f"the file has {size} bytes, more than the {length} asked for; open it instead, or "
+            f"choose a length of at least {size}"
+        )
+    # Blocks first and size second, so that a full disk leaves the size alone; and growing by
+    # fallocate, because ftruncate would cut a file that somebody else grew meanwhile.
+    if file.reserve(0, length) and file.reserve(0, length, grow=True):
+        return
+    if new:
+        _write_zeros(file, length)
+    with naming(file.filename):
+        file.kernel.set_file_size(file.fd, length)
+
+
+def _write_zeros(file: File, length: int) -> None:
+    # Only for a file that nobody else knows yet; in one that others have open it would race
+    # with their writes. There the file only grows, and a full disk shows at the first store.
+    with naming(file.filename), open(file.fd, "wb", buffering=0, closefd=False) as raw:
+        zeros = memoryview(bytes(min(length, _ZEROS)))
+        while length > 0:
+            length -= raw.write(zeros[:length])
+
+
+def remove_file(file: File) -> None:
+    """Take a file that we created back, unless the name is another file's by now."""
+    assert file.filename is not None
+    try:
+        ours = os.fstat(file.fd)
+        theirs = os.stat(file.filename, follow_symlinks=False)
+        if os.path.samestat(ours, theirs):
+            os.unlink(file.filename)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,215 @@
+"""macOS. What is special about it; the rest is as on any POSIX system.
+
+Constants and structures are those of Apple's <sys/fcntl.h>. ``fcntl`` is called through the
+standard library: it takes a variable number of arguments, which ctypes would pass in the wrong
+place on ARM, and it releases the GIL.
+
+* ``fsync`` stops at the disk's cache; ``fcntl(F_FULLFSYNC)`` goes on to the medium (fsync(2)).
+  Neither need know of stores through a map, so ``msync`` comes first.
+* ``mmap.mmap()`` itself does a F_FULLFSYNC of the file, holding the GIL and dropping the error
+  (Modules/mmapmodule.c, "Issue #11277"). :func:`map_file` does one before it, without the GIL
+  and with the error, so that there is little left to wait for; the rest is CPython's.
+* ``mach_vm_read_overwrite`` on ourselves is no guarded copy: from some size on it shares pages
+  copy-on-write instead of touching them, and the fault comes with the first use of the copy.
+  The pipe of :mod:`._portable` touches them all.
+* There is no ``fallocate``: F_PREALLOCATE adds blocks behind the last one, and cannot fill
+  holes.
+"""
+
+# The platform check stands before the imports, so that mypy skips the file elsewhere.
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+
+assert sys.platform == "darwin"
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+
+from .._options import Protection
+from . import _portable
+from ._memory import address_of
+from ._portable import advise as advise
+from ._portable import cached_pages as cached_pages
+from ._portable import can_reserve, hand_over, maps, msync, works
+from ._portable import copy as copy
+from ._portable import duplicate as duplicate
+from ._portable import file_is_in_memory as file_is_in_memory
+from ._portable import file_size as file_size
+from ._portable import free_blocks as free_blocks
+from ._portable import map_granularity as map_granularity
+from ._portable import map_memory as map_memory
+from ._portable import memory_file as memory_file
+from ._portable import move as move
+from ._portable import page_size as page_size
+from ._portable import pin as pin
+from ._portable import pin_limit as pin_limit
+from ._portable import populate_read as populate_read
+from ._portable import populate_write as populate_write
+from ._portable import read as read
+from ._portable import read_nowait as read_nowait
+from ._portable import resident as resident
+from ._portable import search as search
+from ._portable import set_file_size as set_file_size
+from ._portable import start_write_back as start_write_back
+from ._portable import unpin as unpin
+from ._portable import write_back as write_back
+from ._protocol import Capabilities
+
+_F_PREALLOCATE = 42
+_F_RDADVISE = 44
+_F_FULLFSYNC = 51
+_F_OFD_GETLK = 92
+_F_ALLOCATECONTIG = 2
+_F_ALLOCATEALL = 4
+_F_PEOFPOSMODE = 3
+_F_RDLCK = 1
+
+# struct fstore: flags, position mode, offset, length, bytes allocated (out).
+_FSTORE = struct.Struct("@Iiqqq")
+# struct radvisory: offset, count, padding.
+_RADVISORY = struct.Struct("@qi4x")
+# struct flock: start, length, pid, type, whence.
+_FLOCK = struct.Struct("@qqihh")
+
+_INT_MAX = 2**31 - 1
+_STAT_BLOCK = 512  # unit of st_blocks (stat(2))
+
+# What file systems without F_FULLFSYNC or F_PREALLOCATE say: ENOTSUP on SMB
+# (https://github.com/golang/go/issues/64215), EINVAL on FUSE
+# (https://github.com/macfuse/macfuse/issues/79), ENOTTY on others.
+_UNSUPPORTED = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOTTY,
+    errno.EOPNOTSUPP,
+)
+
+
+# Durability
+
+
+def _full_sync(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, _F_FULLFSYNC)
+    except OSError as exc:
+        if exc.errno not in _UNSUPPORTED:
+            raise
+        # As far as such a file system goes; SQLite, Go and libuv do the same.
+        os.fsync(fd)
+
+
+def sync_data(fd: int) -> None:
+    hand_over(fd)
+    _full_sync(fd)
+
+
+def sync_all(fd: int) -> None:
+    # F_FULLFSYNC has no half that leaves metadata out.
+    sync_data(fd)
+
+
+def sync_directory(path: str | bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _full_sync(fd)
+    except OSError as exc:
+        # File systems without directory sync say EINVAL; their names need none.
+        if exc.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
+
+
+def sync_range(address: int, length: int) -> None:
+    msync(address, length, wait=True)
+    found = maps.at(address)
+    if found is not None:
+        _full_sync(found.fd)
+
+
+# Files
+
+
+def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
+    if length == 0:
+        return True
+    status = os.fstat(fd)
+    allocated = status.st_blocks * _STAT_BLOCK
+    if allocated < status.st_size and offset < status.st_size:
+        return False  # it has holes, or is compressed, and nothing fills a hole in place
+    end = offset + length
+    missing = end - max(allocated, status.st_size)
+    if missing > 0 and not _preallocate(fd, missing):
+        return False
+    if grow and end > file_size(fd):
+        # There is no call that only grows: a file that somebody else makes longer between
+        # these two lines is cut to `end` again.
+        os.ftruncate(fd, end)
+    return True
+
+
+def _preallocate(fd: int, length: int) -> bool:
+    # Counted from the physical end of the file; the offset must be 0 in this mode. In one
+    # piece if there is one, else in several; all of it or nothing.
+    for flags in (_F_ALLOCATECONTIG | _F_ALLOCATEALL, _F_ALLOCATEALL):
+        try:
+            fcntl.fcntl(fd, _F_PREALLOCATE, _FSTORE.pack(flags, _F_PEOFPOSMODE, 0, length, 0))
+        except OSError as exc:
+            if exc.errno in _UNSUPPORTED:
+                return False
+            if not flags & _F_ALLOCATECONTIG:
+                raise
+        else:
+            return True
+    return False
+
+
+def will_need(fd: int, offset: int, length: int) -> None:
+    while length > 0:
+        count = min(length, _INT_MAX)
+        try:
+            fcntl.fcntl(fd, _F_RDADVISE, _RADVISORY.pack(offset, count))
+        except OSError:
+            return  # a hint; the read that follows has the error
+        offset += count
+        length -= count
+
+
+# Maps
+
+
+def map_file(fd: int, length: int, protection: Protection, offset: int) -> mmap.mmap:
+    _full_sync(fd)
+    return _portable.map_file(fd, length, protection, offset)
+
+
+# What works here, found by trying
+
+
+def capabilities(path: str | bytes | None) -> Capabilities:
+    with mmap.mmap(-1, page_size) as memory:
+        mincore = works(resident, address_of(memory), page_size)
+    fd = os.open(os.curdir if path is None else path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        full_sync = works(fcntl.fcntl, fd, _F_FULLFSYNC)
+        ofd_locks = works(fcntl.fcntl, fd, _F_OFD_GETLK, _FLOCK.pack(0, 0, 0, _F_RDLCK, 0))
+    finally:
+        os.close(fd)
+    return Capabilities(
+        populate=False,
+        nowait_reads=False,
+        cachestat=False,
+        mincore=mincore,
+        write_back_start=True,
+        full_sync=full_sync,
+        huge_pages=False,
+        ofd_locks=ofd_locks,
+        reserve=can_reserve(path, reserve),
+        page_size=page_size,
+    )

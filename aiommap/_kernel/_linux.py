@@ -1,0 +1,471 @@
+"""Linux. Calls and flags from the man pages; what they really do is measured in docs/design.md.
+
+``ctypes.CDLL`` releases the GIL around a call, and with ``use_errno`` keeps errno per thread.
+"""
+
+# The platform check stands before the imports, so that mypy skips the file elsewhere.
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+
+assert sys.platform == "linux"
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import tempfile
+from collections.abc import Sequence
+
+from .._options import Advice, Protection
+from ._memory import address_of, error_from_errno, foreign
+from ._protocol import Buffer, Capabilities
+
+page_size = mmap.PAGESIZE
+map_granularity = mmap.ALLOCATIONGRANULARITY
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_address = ctypes.c_void_p
+_size = ctypes.c_size_t
+_offset = ctypes.c_int64
+
+_msync = foreign(_libc, "msync", ctypes.c_int, _address, _size, ctypes.c_int)
+_madvise = foreign(_libc, "madvise", ctypes.c_int, _address, _size, ctypes.c_int)
+_mincore = foreign(_libc, "mincore", ctypes.c_int, _address, _size, ctypes.c_void_p)
+_mlock = foreign(_libc, "mlock", ctypes.c_int, _address, _size)
+_munlock = foreign(_libc, "munlock", ctypes.c_int, _address, _size)
+# On 32-bit systems glibc's plain fallocate takes offsets of 32 bits; musl has only one.
+_fallocate = foreign(
+    _libc, "fallocate64", ctypes.c_int, ctypes.c_int, ctypes.c_int, _offset, _offset
+) or foreign(_libc, "fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int, _offset, _offset)
+_sync_file_range = foreign(
+    _libc, "sync_file_range", ctypes.c_int, ctypes.c_int, _offset, _offset, ctypes.c_uint
+)
+_memmem = foreign(_libc, "memmem", _address, _address, _size, ctypes.c_char_p, _size)
+_memmove = foreign(_libc, "memmove", _address, _address, _address, _size)
+_fstatfs = foreign(_libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+_process_vm_readv = foreign(
+    _libc,
+    "process_vm_readv",
+    ctypes.c_ssize_t,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+)
+_syscall = foreign(
+    _libc,
+    "syscall",
+    ctypes.c_long,
+    ctypes.c_long,
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_long,
+)
+
+_MS_SYNC = 4
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+_SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WRITE_AND_WAIT = 1 | 2 | 4
+_FALLOC_FL_KEEP_SIZE = 1
+_MAP_STACK = 0x20000
+_MAP_HUGETLB = 0x40000
+_MFD_NOEXEC_SEAL = 0x8  # Linux 6.3
+_F_OFD_GETLK = 36
+_AGAIN_TRIES = 10  # of a madvise that says EAGAIN, before it is believed; out of the air
+_COPY_MOST = 0x7FFFF000  # a single read or write call moves no more (MAX_RW_COUNT)
+_SYS_CACHESTAT = 451  # the same number on every architecture
+_MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
+
+_ADVICE = {
+    Advice.NORMAL: 0,
+    Advice.RANDOM: 1,
+    Advice.SEQUENTIAL: 2,
+    Advice.WILL_NEED: 3,
+    Advice.DONT_FORK: 10,
+    Advice.DO_FORK: 11,
+    Advice.MERGEABLE: 12,
+    Advice.UNMERGEABLE: 13,
+    Advice.HUGE_PAGE: 14,
+    Advice.NO_HUGE_PAGE: 15,
+    Advice.DONT_DUMP: 16,
+    Advice.DO_DUMP: 17,
+    Advice.COLD: 20,
+    Advice.PAGE_OUT: 21,
+}
+_PROT = {
+    Protection.READ: mmap.PROT_READ,
+    Protection.READ_WRITE: mmap.PROT_READ | mmap.PROT_WRITE,
+    Protection.READ_COPY: mmap.PROT_READ | mmap.PROT_WRITE,
+    Protection.READ_EXECUTE: mmap.PROT_READ | mmap.PROT_EXEC,
+}
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _CachestatRange(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _Cachestat(ctypes.Structure):
+    _fields_ = (
+        ("cached", ctypes.c_uint64),
+        ("dirty", ctypes.c_uint64),
+        ("writeback", ctypes.c_uint64),
+        ("evicted", ctypes.c_uint64),
+        ("recently_evicted", ctypes.c_uint64),
+    )
+
+
+def _unsupported() -> OSError:
+    return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+# Files
+
+
+def duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+
+
+def file_size(fd: int) -> int:
+    return os.fstat(fd).st_size
+
+
+def set_file_size(fd: int, size: int) -> None:
+    os.ftruncate(fd, size)
+
+
+def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
+    # Not posix_fallocate: where the file system has no fallocate, glibc's emulation writes a
+    # byte into every block and races with whoever else writes there.
+    assert _fallocate is not None
+    if length == 0:
+        return True
+    while _fallocate(fd, 0 if grow else _FALLOC_FL_KEEP_SIZE, offset, length) == -1:
+        error = ctypes.get_errno()
+        if error in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+    return True
+
+
+def file_is_in_memory(fd: int) -> bool:
+    assert _fstatfs is not None
+    # struct statfs begins with f_type, a long; 512 bytes are more than any architecture's.
+    buffer = (ctypes.c_long * 64)()
+    if _fstatfs(fd, ctypes.addressof(buffer)) == -1:
+        raise error_from_errno()
+    return (buffer[0] & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
+
+
+def free_blocks(fd: int) -> int:
+    return os.fstatvfs(fd).f_bavail
+
+
+def sync_data(fd: int) -> None:
+    os.fdatasync(fd)
+
+
+def sync_all(fd: int) -> None:
+    os.fsync(fd)
+
+
+def sync_directory(path: str | bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        # File systems without directory sync say EINVAL; their names need none.
+        if exc.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
+
+
+def start_write_back(fd: int, address: int, offset: int, length: int) -> None:
+    # msync(MS_ASYNC) does nothing since Linux 2.6.19.
+    _write_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def write_back(fd: int, address: int, offset: int, length: int) -> None:
+    _write_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE_AND_WAIT)
+
+
+def _write_range(fd: int, offset: int, length: int, flags: int) -> None:
+    if _sync_file_range is None or length == 0:  # a length of 0 would be the rest of the file
+        return
+    while _sync_file_range(fd, offset, length, flags) == -1:
+        error = ctypes.get_errno()
+        if error in (errno.ENOSYS, errno.ESPIPE, errno.EPERM):
+            return  # it only ever brings forward what a flush does anyway
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+
+
+# Reading without a map
+
+
+def read(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+    return os.preadv(fd, buffers, offset)
+
+
+def read_nowait(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+    return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
+
+
+def will_need(fd: int, offset: int, length: int) -> None:
+    if length == 0:  # would be the rest of the file
+        return
+    try:
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        return  # a hint; the read that follows has the error
+
+
+# Maps
+
+
+def map_file(fd: int, length: int, protection: Protection, offset: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE if protection is Protection.READ_COPY else mmap.MAP_SHARED
+    if sys.version_info >= (3, 13):
+        # The descriptor is ours already; without this the map would keep a second one.
+        return mmap.mmap(
+            fd, length, flags=flags, prot=_PROT[protection], offset=offset, trackfd=False
+        )
+    return mmap.mmap(fd, length, flags=flags, prot=_PROT[protection], offset=offset)
+
+
+def memory_file(length: int, *, huge: bool) -> int | None:
+    flags = os.MFD_CLOEXEC
+    if huge:
+        flags |= os.MFD_HUGETLB
+    try:
+        # No seal against shrinking: resize() would need it back. Nobody else has the file.
+        try:
+            fd = os.memfd_create("aiommap", flags | _MFD_NOEXEC_SEAL)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            fd = os.memfd_create("aiommap", flags)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSYS, errno.EPERM):
+            return None
+        raise
+    try:
+        os.ftruncate(fd, length)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def map_memory(length: int, protection: Protection, *, stack: bool, huge: bool) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE if protection is Protection.READ_COPY else mmap.MAP_SHARED
+    flags |= mmap.MAP_ANONYMOUS
+    flags |= (_MAP_STACK if stack else 0) | (_MAP_HUGETLB if huge else 0)
+    return mmap.mmap(-1, length, flags=flags, prot=_PROT[protection])
+
+
+def sync_range(address: int, length: int) -> None:
+    assert _msync is not None
+    # SAFETY: the caller's range is inside its map, which it keeps alive. Same below.
+    while _msync(address, length, _MS_SYNC) == -1:
+        if ctypes.get_errno() != errno.EINTR:
+            raise error_from_errno()
+
+
+def _advise(address: int, length: int, advice: int) -> None:
+    assert _madvise is not None
+    refused = 0
+    while _madvise(address, length, advice) == -1:
+        error = ctypes.get_errno()
+        # EAGAIN is also what madvise(2) makes of "no more maps" (vm.max_map_count), and then
+        # it does not pass.
+        refused += error == errno.EAGAIN
+        if error not in (errno.EINTR, errno.EAGAIN) or refused == _AGAIN_TRIES:
+            raise OSError(error, os.strerror(error))
+
+
+def populate_read(address: int, length: int) -> None:
+    _advise(address, length, _MADV_POPULATE_READ)
+
+
+def populate_write(address: int, length: int) -> None:
+    _advise(address, length, _MADV_POPULATE_WRITE)
+
+
+def resident(address: int, length: int) -> bytes:
+    assert _mincore is not None
+    vector = ctypes.create_string_buffer(-(-length // page_size))
+    if _mincore(address, length, vector) == -1:
+        raise error_from_errno()
+    return vector.raw
+
+
+def cached_pages(fd: int, offset: int, length: int) -> int:
+    if _syscall is None:
+        raise _unsupported()
+    if length == 0:  # would be the rest of the file
+        return 0
+    wanted = _CachestatRange(offset, length)
+    answer = _Cachestat()
+    if _syscall(_SYS_CACHESTAT, fd, ctypes.addressof(wanted), ctypes.addressof(answer), 0) == -1:
+        raise error_from_errno()
+    return int(answer.cached)
+
+
+def copy(destination: int, source: int, length: int) -> int:
+    done = 0
+    while True:
+        try:
+            copied = _copy_once(destination + done, source + done, length - done)
+        except OSError as exc:
+            if done == 0 or exc.errno != errno.EFAULT:
+                raise
+            return done
+        done += copied
+        if done == length or copied < _COPY_MOST:
+            return done
+
+
+def _copy_once(destination: int, source: int, length: int) -> int:
+    if _process_vm_readv is None:
+        raise _unsupported()
+    local = _Iovec(destination, length)
+    remote = _Iovec(source, length)
+    copied = _process_vm_readv(
+        os.getpid(), ctypes.addressof(local), 1, ctypes.addressof(remote), 1, 0
+    )
+    if copied == -1:
+        raise error_from_errno()
+    return copied
+
+
+def move(destination: int, source: int, length: int) -> None:
+    assert _memmove is not None
+    _memmove(destination, source, length)
+
+
+def search(data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
+    if last:
+        # There is no memmem from the end. This holds the GIL for the piece, well below 1 ms.
+        return data.rfind(needle, 0, length)
+    assert _memmem is not None
+    # SAFETY: the export pins the bytearray's memory.
+    with memoryview(data):
+        address = address_of(data)
+        found = _memmem(address, length, needle, len(needle))
+    return -1 if not found else found - address
+
+
+def advise(address: int, length: int, advice: Advice) -> None:
+    try:
+        _advise(address, length, _ADVICE[advice])
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        # The range is a good one, so it means the advice: too new for this kernel, or not
+        # built in (huge pages, merging).
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP)) from None
+
+
+def pin(address: int, length: int) -> None:
+    assert _mlock is not None
+    if _mlock(address, length) == -1:
+        raise error_from_errno()
+
+
+def unpin(address: int, length: int) -> None:
+    assert _munlock is not None
+    if _munlock(address, length) == -1:
+        raise error_from_errno()
+
+
+def pin_limit() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+# What works here, found by trying
+
+
+def _works(call: object, *arguments: object) -> bool:
+    try:
+        call(*arguments)  # type: ignore[operator]
+    except OSError:
+        return False
+    return True
+
+
+def capabilities(path: str | bytes | None) -> Capabilities:
+    with mmap.mmap(-1, page_size) as memory:
+        address = address_of(memory)
+        populate = _works(populate_read, address, page_size)
+        mincore = _works(resident, address, page_size)
+    if path is None:
+        with tempfile.TemporaryFile() as file:
+            return _file_capabilities(file.fileno(), populate, mincore)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return _file_capabilities(fd, populate, mincore)
+    finally:
+        os.close(fd)
+
+
+def _file_capabilities(fd: int, populate: bool, mincore: bool) -> Capabilities:
+    nowait = True
+    try:
+        read_nowait(fd, [bytearray(1)], 0)
+    except BlockingIOError:
+        pass
+    except OSError:
+        nowait = False
+    return Capabilities(
+        populate=populate,
+        nowait_reads=nowait,
+        cachestat=_works(cached_pages, fd, 0, page_size),
+        mincore=mincore,
+        write_back_start=_works(start_write_back, fd, 0, 0, 1),
+        full_sync=not file_is_in_memory(fd),
+        huge_pages=_has_huge_pages(),
+        ofd_locks=_has_ofd_locks(fd),
+        reserve=_can_reserve(fd),
+        page_size=page_size,
+    )
+
+
+def _has_huge_pages() -> bool:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["HugePages_Free"].split()[0]) > 0
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def _has_ofd_locks(fd: int) -> bool:
+    # struct flock: type, whence, start, length, pid; asked about, not taken.
+    flock = b"\0\0\0\0\0\0\0\0" + bytes(24)
+    return _works(fcntl.fcntl, fd, _F_OFD_GETLK, flock)
+
+
+def _can_reserve(fd: int) -> bool:
+    # Tried on a file of our own beside it: to reserve is to change.
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    try:
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return reserve(file.fileno(), 0, page_size, grow=False)
+    except OSError:
+        return False

@@ -1,0 +1,572 @@
+"""One map of one file: the only module that knows addresses. Synchronous.
+
+What keeps the process alive
+----------------------------
+* *Lifetime.* Whoever uses the raw address, in whatever thread, holds the :class:`Mapping`;
+  whoever keeps a buffer holds the :class:`mmap.mmap` object below it. The memory is unmapped
+  when the last reference of both kinds has gone, so nothing can dangle.
+* *Faults.* A page that the file does not reach, or that the disk cannot read, is SIGBUS when
+  it is touched. So nothing here touches pages of a file: shared maps are read with ``preadv``
+  on the descriptor (the same page cache), private ones and all stores are copied by the
+  kernel (``process_vm_readv`` on ourselves), and both answer with an error. Pages that the
+  user is going to touch are populated first, which answers with an error too.
+* *Waiting.* Functions named ``..._nowait`` never wait for a disk and run on the loop; the
+  others run in a worker and release the GIL while they wait.
+
+When a page cannot be had the kernel only says EFAULT; :meth:`Mapping.explain` asks the file
+what is the matter with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from contextlib import suppress
+
+from ._errors import TruncatedError
+from ._file import File, naming
+from ._kernel import Kernel, address_of, new_bytes
+from ._options import Advice, MmapOptions, Protection
+from ._ranges import page_span, pieces
+
+INLINE = 256 << 10
+"""
+Bytes that are copied on the loop when they are in memory: about 10 us, where a thread hop
+takes 50 to 150 us.
+"""
+
+_SCRATCH = 64 << 10
+_WINDOW = 256 << 10  # what is searched at once: read it and search it while it is in the cache
+_MISSING = (errno.EFAULT, errno.EIO)
+_NO_POPULATE = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
+_NO_GUARD = (errno.ENOSYS, errno.EPERM)
+
+
+class _ThreadScratch(threading.local):
+    """Memory that a worker reads into again and again: fresh pages would cost more."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray(0)
+
+    def window(self, length: int) -> bytearray:
+        if len(self._memory) < length:
+            self._memory = bytearray(length)
+        return self._memory
+
+
+_thread = _ThreadScratch()
+
+
+def _bad_buffer() -> OSError:
+    return OSError(
+        errno.EFAULT,
+        "the memory of the buffer given cannot be read or written; is it a map of a file that "
+        "was truncated?",
+    )
+
+
+class Mapping:
+    """Bytes ``offset`` to ``offset + length`` of a file, or memory without a file."""
+
+    __slots__ = (
+        "__weakref__",
+        "_address",
+        "_delta",
+        "_map",
+        "_nowait",
+        "_populate",
+        "_scratch",
+        "file",
+        "kernel",
+        "length",
+        "offset",
+        "private",
+        "protection",
+    )
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        file: File | None,
+        memory: mmap.mmap,
+        protection: Protection,
+        offset: int,
+        length: int,
+        delta: int,
+    ) -> None:
+        self.kernel = kernel
+        self.file = file
+        self.protection = protection
+        self.offset = offset
+        self.length = length
+        self.private = protection is Protection.READ_COPY
+        self._map = memory
+        # The map starts at a multiple of the granularity; the user's first byte is here.
+        self._delta = delta
+        self._address = address_of(memory) + delta
+        self._scratch = bytearray(0)
+        # Found out by trying, then remembered: whether reads can be refused instead of wait,
+        # and whether pages can be populated.
+        self._nowait = file is not None and not self.private and not file.in_memory
+        self._populate = True
+
+    def __del__(self) -> None:
+        # Nobody uses the address any more. close() unmaps without the GIL, which the mmap
+        # object's own end would hold for as long as it takes (10 ms and more for a GiB).
+        with suppress(AttributeError, BufferError):
+            self._map.close()  # refused while buffers are out: their end unmaps
+
+    # What it is
+
+    @property
+    def address(self) -> int:
+        """Of the first byte; valid while this object, or a buffer of it, lives."""
+        return self._address
+
+    @property
+    def syncable(self) -> bool:
+        """Whether stores reach a file that somebody may want to be durable."""
+        return (
+            self.protection is Protection.READ_WRITE
+            and self.file is not None
+            and not self.file.anonymous
+        )
+
+    @property
+    def store_waits(self) -> bool:
+        """Whether the first store into a page may wait for a disk (journal, throttling)."""
+        return self.file is not None and not self.private and not self.file.in_memory
+
+    def buffer(self, offset: int, length: int, *, writable: bool) -> memoryview:
+        """The memory itself. Whoever holds it, or a slice of it, keeps the map mapped."""
+        start = self._delta + offset
+        view = memoryview(self._map)[start : start + length]
+        return view if writable or view.readonly else view.toreadonly()
+
+    def exported(self) -> bool:
+        """Whether buffers of the memory are out."""
+        try:
+            # Refused in this order: because of buffers, then because of the size.
+            self._map.resize(-1)
+        except BufferError:
+            return True
+        except (ValueError, TypeError, SystemError):
+            return False
+        raise AssertionError("mmap.resize(-1) must fail")
+
+    def reach(self) -> int:
+        """How many bytes of the map the file reaches now."""
+        if self.file is None or self.file.anonymous:
+            return self.length
+        return min(max(self.file.size() - self.offset, 0), self.length)
+
+    def check_reach(self, offset: int, length: int) -> None:
+        """:raises TruncatedError: when the file does not reach the end of the range"""
+        size = self.reach()
+        if length > size - offset and length:
+            raise self._truncated(offset, length, size)
+
+    def _truncated(self, offset: int, length: int, size: int) -> TruncatedError:
+        filename = self.file.filename if self.file is not None else None
+        return TruncatedError(offset, length, size, filename)
+
+    # On the loop: never waits for a disk
+
+    def is_loaded_nowait(self, offset: int, length: int) -> bool:
+        """
+        Whether the range is in the file and in memory; in doubt it is not.
+
+        O(1) up to two pages, O(pages) with a small constant above.
+        """
+        if length == 0:
+            return True
+        if self._nowait:
+            if length > INLINE:
+                return self._mincore_nowait(offset, length) and self.reach() - offset >= length
+            try:
+                # The range's last byte proves its page and that the file reaches it; what
+                # spans more pages than two is cheaper read as one piece than page by page.
+                file_offset = self.offset + offset
+                page = self.kernel.page_size
+                if file_offset // page == (file_offset + length - 1) // page:
+                    return self._read_nowait(offset + length - 1, 1) == 1
+                return self._read_nowait(offset, length) == length
+            except OSError:
+                return False
+        return self._mincore_nowait(offset, length) and (
+            self.file is None or self.file.anonymous or self.reach() - offset >= length
+        )
+
+    def _read_nowait(self, offset: int, length: int) -> int:
+        if len(self._scratch) < length:
+            self._scratch = bytearray(_SCRATCH if length <= _SCRATCH else length)
+        assert self.file is not None
+        try:
+            return self.kernel.read_nowait(
+                self.file.fd, [memoryview(self._scratch)[:length]], self.offset + offset
+            )
+        except BlockingIOError:
+            return -1
+        except OSError as exc:
+            if exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                self._nowait = False
+            raise
+
+    def _mincore_nowait(self, offset: int, length: int) -> bool:
+        if self.file is not None and not self.file.mincore_is_honest:
+            return False
+        try:
+            state = self.kernel.resident(*self._pages(offset, length))
+        except OSError:
+            return False
+        return state.count(1) == len(state) or not any(not byte & 1 for byte in state)
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """The bytes, if they are few and in memory; else None."""
+        if length > INLINE:
+            return None
+        if self._nowait:
+            try:
+                if self._read_nowait(offset, length) == length:
+                    return bytes(memoryview(self._scratch)[:length])
+            except OSError:
+                return None  # the worker finds out what is the matter
+            return None
+        if not self.is_loaded_nowait(offset, length):
+            return None
+        try:
+            return self.read(offset, length)
+        except OSError:
+            return None
+
+    def write_nowait(self, offset: int, data: memoryview) -> bool:
+        """Store a few bytes, if that cannot wait for a disk; else False and nothing changed."""
+        length = data.nbytes
+        if length > INLINE or self.store_waits or not self.is_loaded_nowait(offset, length):
+            return False
+        self.write(offset, data)
+        return True
+
+    # In a worker: may wait, without the GIL
+
+    def _pages(self, offset: int, length: int) -> tuple[int, int]:
+        # SAFETY: a map begins at a page and the kernel maps whole pages, so the pages around
+        # a range inside the map are pages of the map.
+        return page_span(self._address + offset, length, self.kernel.page_size)
+
+    def will_load(self, offset: int, length: int) -> None:
+        """Start reading the range; a hint."""
+        if self.file is not None and not self.file.in_memory:
+            self.kernel.will_need(self.file.fd, self.offset + offset, length)
+
+    def load(self, offset: int, length: int, *, write: bool = False) -> None:
+        """
+        Bring the range in, ready for stores if ``write``, which dirties its pages.
+
+        :raises TruncatedError: the file does not reach it
+        :raises OSError: what the disk says; ENOSPC for a hole that has no room
+        """
+        if length == 0:
+            return
+        if self._populate:
+            try:
+                if write:
+                    self.kernel.populate_write(*self._pages(offset, length))
+                else:
+                    self.kernel.populate_read(*self._pages(offset, length))
+            except OSError as exc:
+                if exc.errno in _NO_POPULATE:
+                    self._populate = False
+                else:
+                    raise self.explain(exc, offset, length, write=write) from None
+        if not self._populate:
+            self._load_by_reading(offset, length)
+            if write:
+                self.reserve(offset, length)
+        # The last page is there even when the file ends inside it.
+        self.check_reach(offset, length)
+
+    def _load_by_reading(self, offset: int, length: int) -> None:
+        # Kernels before 5.14 and other platforms: reading warms the page cache, and what is
+        # left for the touch is a fault that finds its page.
+        scratch = memoryview(bytearray(min(length, _SCRATCH)))
+        for start, count in pieces(offset, length, _SCRATCH):
+            if self.file is None:
+                self.kernel.copy(address_of(scratch), self._address + start, count)
+            else:
+                self._read_file(start, scratch[:count])
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Give holes of the range blocks, so that a store finds room or the call ENOSPC."""
+        if self.file is not None and not self.private and length:
+            self.file.reserve(self.offset + offset, length)
+
+    def explain(self, error: OSError, offset: int, length: int, *, write: bool) -> OSError:
+        """Why a page of the range cannot be had; ``error`` itself when the kernel knew."""
+        if error.errno not in _MISSING:
+            return self._named(error)
+        try:
+            self.check_reach(offset, length)
+            if self.file is not None:
+                if not self.file.anonymous:
+                    scratch = memoryview(bytearray(min(length, _SCRATCH)))
+                    for start, count in pieces(offset, length, _SCRATCH):
+                        self._read_file(start, scratch[:count])
+                if write:
+                    self.reserve(offset, length)
+                if self.file.in_memory and self.kernel.free_blocks(self.file.fd) == 0:
+                    # On tmpfs even reading a hole through a map takes a page.
+                    return self._named(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        except OSError as exc:
+            return self._named(exc)
+        # It cannot be had through the map, and the file answers all the same: it healed
+        # meanwhile, or the memory itself is bad.
+        return self._named(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    def _named(self, error: OSError) -> OSError:
+        if error.filename is None and self.file is not None:
+            error.filename = self.file.filename
+        return error
+
+    def _read_file(self, offset: int, buffer: memoryview) -> None:
+        assert self.file is not None
+        done = 0
+        length = len(buffer)
+        with naming(self.file.filename):
+            while done < length:
+                count = self.kernel.read(self.file.fd, [buffer[done:]], self.offset + offset + done)
+                if count == 0:
+                    raise self._truncated(offset, length, offset + done)
+                done += count
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """
+        Copy the range into a writable buffer of bytes, exactly.
+
+        :raises TruncatedError: the file does not reach it
+        :raises OSError: what the disk says
+        """
+        if self.file is not None and not self.private:
+            self._read_file(offset, buffer)
+            return
+        # SAFETY: the caller's buffer is exported by its memoryview, the map is held by self.
+        self._copy(address_of(buffer), self._address + offset, len(buffer), offset, write=False)
+        self.check_reach(offset, len(buffer))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As :meth:`read_into`, as new bytes, without the GIL while it copies."""
+        if length == 0:
+            return b""
+        data, memory = new_bytes(length)
+        self.read_into(offset, memory)
+        return data
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """
+        Store bytes: all of them, or an error. Never makes the file longer.
+
+        :raises TruncatedError: the file does not reach the range
+        :raises OSError: ENOSPC for a hole that has no room, what the disk says otherwise
+        """
+        length = data.nbytes
+        if length == 0:
+            return
+        self.check_reach(offset, length)
+        source = address_of(data)
+        target = self._address + offset
+        if source < target + length and target < source + length:
+            # It overlaps the place it goes to; the kernel copies page by page, forwards.
+            data = memoryview(self._copied_source(source, length))
+            source = address_of(data)
+        if self.store_waits:
+            # So that an error is found before the first byte has changed.
+            self.load(offset, length, write=True)
+        self._copy(target, source, length, offset, write=True)
+        # Truncated while we copied: some bytes went into pages that are gone.
+        self.check_reach(offset, length)
+
+    def _copied_source(self, source: int, length: int) -> bytes:
+        data, memory = new_bytes(length)
+        try:
+            copied = self.kernel.copy(address_of(memory), source, length)
+        except OSError as exc:
+            if exc.errno not in _NO_GUARD:
+                raise
+            self.kernel.move(address_of(memory), source, length)
+            return data
+        if copied != length:
+            raise _bad_buffer()
+        return data
+
+    def _copy(self, target: int, source: int, length: int, offset: int, *, write: bool) -> None:
+        done = 0
+        retried_at = -1
+        while done < length:
+            try:
+                # SAFETY: both sides are alive, the map by self and the other by its
+                # memoryview, and `length` is inside both.
+                done += self.kernel.copy(target + done, source + done, length - done)
+            except OSError as exc:
+                if exc.errno in _NO_GUARD:
+                    # SAFETY: as above; a truncation between these two lines is SIGBUS, which
+                    # only the guarded copy prevents.
+                    self.load(offset + done, length - done, write=write)
+                    self.kernel.move(target + done, source + done, length - done)
+                    return
+                if exc.errno != errno.EFAULT:
+                    raise self._named(exc) from None
+                if retried_at == done:
+                    raise _bad_buffer() from None
+                # A page of ours or of the buffer's. load() raises if it is ours.
+                retried_at = done
+                self.load(offset + done, length - done, write=write)
+
+    def search(self, offset: int, length: int, needle: bytes, *, last: bool) -> int:
+        """Where the needle first, or last, occurs inside the range, from the range; or -1."""
+        window = max(_WINDOW, 2 * len(needle))
+        step = window - len(needle) + 1
+        scratch = _thread.window(window)
+        starts = range(0, max(length - len(needle), 0) + 1, step)
+        for start in reversed(starts) if last else starts:
+            count = min(window, length - start)
+            self.read_into(offset + start, memoryview(scratch)[:count])
+            found = self.kernel.search(scratch, count, needle, last=last)
+            if found >= 0:
+                return start + found
+        return -1
+
+    def resident_bytes(self, offset: int, length: int) -> int:
+        """How many bytes of the range are in memory now."""
+        if length == 0:
+            return 0
+        address, span = self._pages(offset, length)
+        page = self.kernel.page_size
+        if self.file is not None and not self.file.mincore_is_honest:
+            try:
+                start, size = page_span(self.offset + offset, length, page)
+                return min(self.kernel.cached_pages(self.file.fd, start, size) * page, length)
+            except OSError:
+                pass  # no better witness than mincore
+        state = self.kernel.resident(address, span)
+        first = self._address + offset
+        total = 0
+        for number, byte in enumerate(state):
+            if byte & 1:
+                start = address + number * page
+                total += min(start + page, first + length) - max(start, first)
+        return total
+
+    # Durability
+
+    def start_write_back(self, offset: int, length: int) -> None:
+        """Start writing the range's dirty pages."""
+        assert self.file is not None
+        address, span = self._pages(offset, length)
+        start, _ = page_span(self.offset + offset, length, self.kernel.page_size)
+        with naming(self.file.filename):
+            self.kernel.start_write_back(self.file.fd, address, start, span)
+
+    def write_back(self, offset: int, length: int) -> None:
+        """Write the range's dirty pages, see :meth:`Kernel.write_back`."""
+        assert self.file is not None
+        address, span = self._pages(offset, length)
+        start, _ = page_span(self.offset + offset, length, self.kernel.page_size)
+        with naming(self.file.filename):
+            self.kernel.write_back(self.file.fd, address, start, span)
+
+    def sync_range(self, offset: int, length: int) -> None:
+        """Make the range durable, and the size needed to read it."""
+        self.kernel.sync_range(*self._pages(offset, length))
+
+    # Hints
+
+    def advise(self, offset: int, length: int, advice: Advice) -> None:
+        with naming(self.file.filename if self.file is not None else None):
+            self.kernel.advise(*self._pages(offset, length), advice)
+
+    def page_numbers(self, offset: int, length: int) -> tuple[int, int]:
+        """The pages of a range, ``(first, stop)``, counted from the page the map begins in."""
+        page = self.kernel.page_size
+        start = self._address % page + offset
+        return start // page, -(-(start + length) // page)
+
+    def pin_pages(self, first: int, count: int) -> None:
+        """Keep pages, counted from the map's first, in memory."""
+        self.kernel.pin(*self._page_range(first, count))
+
+    def unpin_pages(self, first: int, count: int) -> None:
+        self.kernel.unpin(*self._page_range(first, count))
+
+    def _page_range(self, first: int, count: int) -> tuple[int, int]:
+        page = self.kernel.page_size
+        start = self._address - self._address % page
+        return start + first * page, count * page
+
+
+def map_file(
+    file: File, protection: Protection, offset: int = 0, length: int | None = None
+) -> Mapping:
+    """
+    Map a range of a file, from any offset.
+
+    :raises ValueError: the file is empty, or the range is not inside it
+    :raises OSError: what the kernel says, with the path where it is known
+    """
+    file.inspect(writable=protection is Protection.READ_WRITE)
+    size = file.size()
+    if size == 0:
+        raise ValueError(
+            f"cannot map the empty file {file.filename!r}: a map has at least one byte; "
+            f"AsyncMmap.create makes a file of a given length"
+        )
+    if length is None:
+        length = size - offset
+    if offset >= size or length > size - offset:
+        raise ValueError(
+            f"offset {offset} and length {length} are not inside the file of {size} bytes"
+        )
+    return remap(file, protection, offset, length)
+
+
+def remap(file: File, protection: Protection, offset: int, length: int) -> Mapping:
+    """Map a range that is known to be inside the file."""
+    kernel = file.kernel
+    delta = offset % kernel.map_granularity
+    with naming(file.filename):
+        memory = kernel.map_file(file.fd, length + delta, protection, offset - delta)
+    return Mapping(kernel, file, memory, protection, offset, length, delta)
+
+
+def map_memory(
+    kernel: Kernel, length: int, protection: Protection, options: MmapOptions
+) -> Mapping:
+    """
+    Memory without a name, zero-filled; shared with forked children unless it is READ_COPY.
+
+    On Linux it is a file in memory, which can be resized and mapped again with another
+    protection.
+
+    :raises OSError: ENOMEM, also when no huge pages are reserved
+    """
+    try:
+        fd = None
+        if protection is not Protection.READ_COPY and not options.stack:
+            fd = kernel.memory_file(length, huge=options.huge)
+        if fd is None:
+            memory = kernel.map_memory(length, protection, stack=options.stack, huge=options.huge)
+            mapping = Mapping(kernel, None, memory, protection, 0, length, 0)
+        else:
+            mapping = remap(File(kernel, fd, anonymous=True), protection, 0, length)
+    except OSError as exc:
+        if options.huge and exc.errno in (errno.ENOMEM, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
+            raise OSError(
+                exc.errno,
+                f"no huge pages for {length} bytes: the length must be a multiple of their "
+                f"size, and the system must have some reserved (/proc/sys/vm/nr_hugepages)",
+            ) from exc
+        raise
+    if options.populate:
+        mapping.load(0, length, write=protection.writable)
+    return mapping

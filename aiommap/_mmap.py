@@ -1,0 +1,947 @@
+"""The map that users open."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, SupportsIndex
+
+from anyio import CapacityLimiter
+
+from . import _buffers, _kernel, _reshaping, _workers
+from ._file import Filename, create_file, duplicate_file, open_file, remove_file
+from ._flusher import PendingFlush
+from ._mapping import Mapping, map_file, map_memory
+from ._open_map import MmapStatistics, OpenMap
+from ._opening import Opening
+from ._options import Advice, MmapOptions, Protection
+from ._pins import Pins
+from ._ranges import LARGEST_OFFSET, as_int, check_length, check_range, pieces
+from ._searching import find
+from ._typing import Buffer
+from ._view import MmapView, MmapViewSync
+from ._wait_graph import Claim
+from ._window_stream import Windows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class HasFileno(Protocol):
+    """An open file: anything with a descriptor."""
+
+    def fileno(self) -> int: ...
+
+
+StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+WINDOW = 1 << 20
+"""Bytes of a window where none are given: large against the cost of a step, small in a cache."""
+
+
+class AsyncMmap:
+    """
+    A file, or memory without one, mapped for the tasks of an event loop.
+
+    Comes from :meth:`open_path`, :meth:`open`, :meth:`open_with_offset`, :meth:`create` and
+    :meth:`anonymous`, each of which can be awaited or entered::
+
+        async with AsyncMmap.open_path("data.bin", "r+") as m:
+            async with m.view_mut(0, 4096) as v:
+                v[0:5] = b"hello"
+            await m.flush()
+
+    The event loop never waits for the disk: pages come in, bytes are copied and flushes run in
+    worker threads. A map belongs to the event loop that opened it. Offsets and lengths are in
+    bytes from the start of the map.
+    """
+
+    __slots__ = ("__weakref__", "_core", "_pins")
+
+    _kernel: ClassVar[_kernel.Kernel] = _kernel.native
+
+    def __init__(self, core: OpenMap) -> None:
+        """Not for users: the ``open`` methods make maps."""
+        if not isinstance(core, OpenMap):
+            raise TypeError(
+                f"{type(self).__name__} is not made by calling it: use open_path(), open(), "
+                f"open_with_offset(), create() or anonymous()"
+            )
+        self._core = core
+        self._pins = Pins()
+
+    # Opening
+
+    @classmethod
+    def open(
+        cls,
+        file: int | HasFileno,
+        protection: Protection | str = Protection.READ,
+        *,
+        limiter: CapacityLimiter | None = None,
+    ) -> Opening[Self]:
+        """
+        Map the whole of a file that is open already.
+
+        The map has a descriptor of its own and outlives the caller's. It shares the caller's
+        open file: its access mode, and the kernel's one report of a failed write-back.
+
+        :param file: a descriptor, or anything with ``fileno()``, an :class:`anyio.AsyncFile`
+            too
+        :param protection: a :class:`Protection` or its value
+        :param limiter: how many threads the map's work may use at once; one limiter of the
+            event loop for all maps by default
+        :raises ValueError: the file is empty
+        :raises OSError: what the kernel says, with the path where it is known
+        """
+        return cls._open_descriptor(file, protection, 0, None, limiter)
+
+    @classmethod
+    def open_with_offset(
+        cls,
+        file: int | HasFileno,
+        protection: Protection | str,
+        offset: SupportsIndex,
+        length: SupportsIndex | None = None,
+        *,
+        limiter: CapacityLimiter | None = None,
+    ) -> Opening[Self]:
+        """
+        Map a range of a file that is open already, from any byte. See :meth:`open`.
+
+        :param offset: first byte of the file to map; need not be a multiple of anything
+        :param length: bytes, at least 1; None for the rest of the file
+        :raises ValueError: the range is not inside the file
+        """
+        return cls._open_descriptor(file, protection, offset, length, limiter)
+
+    @classmethod
+    def _open_descriptor(
+        cls,
+        file: int | HasFileno,
+        protection: Protection | str,
+        offset: SupportsIndex,
+        length: SupportsIndex | None,
+        limiter: CapacityLimiter | None,
+    ) -> Opening[Self]:
+        protection = Protection.parse(protection)
+        offset, length = _check_file_range(offset, length)
+        fd, filename = _descriptor(file)
+        kernel = cls._kernel
+
+        def prepare() -> Callable[[], Mapping]:
+            # On the loop, which it does not hold up, and before the first await: the caller
+            # may close the descriptor once we wait.
+            ours = duplicate_file(kernel, fd, filename)
+            return partial(map_file, ours, protection, offset, length)
+
+        return Opening(partial(cls._open, prepare, limiter))
+
+    @classmethod
+    def open_path(
+        cls,
+        path: StrOrBytesPath,
+        protection: Protection | str = Protection.READ,
+        *,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+        limiter: CapacityLimiter | None = None,
+    ) -> Opening[Self]:
+        """
+        Map a file, or a range of it, by path.
+
+        Symbolic links are followed. READ_COPY needs no more than permission to read.
+
+        :param path: of a regular file that is not empty
+        :param protection: a :class:`Protection` or its value
+        :param offset: first byte of the file to map; need not be a multiple of anything
+        :param length: bytes, at least 1; None for the rest of the file
+        :param limiter: see :meth:`open`
+        :raises ValueError: the file is empty, or the range is not inside it
+        :raises OSError: what the kernel says, with the path; ENODEV for what is no file
+        """
+        protection = Protection.parse(protection)
+        offset, length = _check_file_range(offset, length)
+        name = _check_path(path)
+        kernel = cls._kernel
+
+        def opened() -> Mapping:
+            return map_file(open_file(kernel, name, protection), protection, offset, length)
+
+        return Opening(partial(cls._open, lambda: opened, limiter))
+
+    @classmethod
+    def create(
+        cls,
+        path: StrOrBytesPath,
+        length: SupportsIndex,
+        *,
+        exist_ok: bool = False,
+        mode: int = 0o666,
+        limiter: CapacityLimiter | None = None,
+    ) -> Opening[Self]:
+        """
+        Make a file of a given length and map it READ_WRITE.
+
+        Its blocks are reserved, so that a full disk is an error here and not a crash at a
+        store later; file and name are durable when this returns. No new file is left behind
+        when it fails or is cancelled.
+
+        :param length: bytes, at least 1
+        :param exist_ok: map the file that is there, if one is: it keeps its content and grows
+        :param mode: permissions of a new file, before the umask
+        :raises FileExistsError: it is there, and ``exist_ok`` is false
+        :raises ValueError: it is there and longer than ``length``
+        :raises OSError: ENOSPC, EDQUOT: there is no room for it
+        """
+        name = _check_path(path)
+        length = check_length(length)
+        mode = as_int(mode, "mode")
+        kernel = cls._kernel
+
+        def created() -> Mapping:
+            file, new = create_file(kernel, name, length, exist_ok=exist_ok, mode=mode)
+            try:
+                mapping = map_file(file, Protection.READ_WRITE, 0, length)
+            except BaseException:
+                if new:
+                    remove_file(file)
+                raise
+            made.append(new)
+            return mapping
+
+        made: list[bool] = []
+
+        def discard(mapping: Mapping) -> None:
+            if made[0] and mapping.file is not None:
+                remove_file(mapping.file)
+
+        return Opening(partial(cls._open, lambda: created, limiter, discard))
+
+    @classmethod
+    def anonymous(
+        cls,
+        length: SupportsIndex,
+        protection: Protection | str = Protection.READ_WRITE,
+        *,
+        limiter: CapacityLimiter | None = None,
+    ) -> Opening[Self]:
+        """
+        Zero-filled memory without a name, shared with forked children.
+
+        READ_COPY memory is private to each process instead.
+
+        :param length: bytes, at least 1
+        :raises OSError: ENOMEM
+        """
+        return cls.anonymous_with_options(length, protection, MmapOptions(), limiter=limiter)
+
+    @classmethod
+    def anonymous_with_options(
+        cls,
+        length: SupportsIndex,
+        protection: Protection | str = Protection.READ_WRITE,
+        options: MmapOptions | None = None,
+        *,
+        limiter: CapacityLimiter | None = None,
+    ) -> Opening[Self]:
+        """
+        As :meth:`anonymous`, made as ``options`` say.
+
+        :raises OSError: ENOMEM; with ``huge`` also when no huge pages are reserved
+        """
+        length = check_length(length)
+        protection = Protection.parse(protection)
+        if options is None:
+            options = MmapOptions()
+        elif not isinstance(options, MmapOptions):
+            raise TypeError(f"options must be MmapOptions, not {options!r}")
+        made = partial(map_memory, cls._kernel, length, protection, options)
+        return Opening(partial(cls._open, lambda: made, limiter))
+
+    @classmethod
+    async def _open(
+        cls,
+        prepare: Callable[[], Callable[[], Mapping]],
+        limiter: CapacityLimiter | None,
+        discard: Callable[[Mapping], object] = lambda mapping: None,
+    ) -> Self:
+        mapping = await _workers.run(prepare(), limiter=limiter, discard=discard)
+        return cls(OpenMap(cls._kernel, mapping, limiter))
+
+    # What it is
+
+    def __len__(self) -> int:
+        """
+        Bytes of the map.
+
+        :raises ClosedResourceError: it is closed and gone
+        """
+        return self._core.mapping.length
+
+    @property
+    def protection(self) -> Protection:
+        """What may be done with the memory."""
+        return self._core.mapping.protection
+
+    @property
+    def offset(self) -> int:
+        """Where the map begins in its file, in bytes."""
+        return self._core.mapping.offset
+
+    @property
+    def private(self) -> bool:
+        """Whether stores stay in this process: READ_COPY, of a file or of memory."""
+        return self._core.mapping.private
+
+    @property
+    def closed(self) -> bool:
+        """Whether the map was closed, or consumed by :meth:`into_view`."""
+        return self._core.closed
+
+    def ptr(self) -> int:
+        """The address of the first byte, valid while the map is open and not resized."""
+        self._core.check()
+        return self._core.mapping.address
+
+    def mut_ptr(self) -> int:
+        """
+        As :meth:`ptr`, to store to.
+
+        :raises PermissionError: the map is not writable
+        """
+        self._core.check()
+        self._core.check_writable()
+        self._core.raw_stores()
+        return self._core.mapping.address
+
+    def as_slice(self) -> memoryview:
+        """
+        The memory of the whole map, read-only: no lock, no page-in, no checks.
+
+        Touching it may wait for the disk with the event loop, and is SIGBUS where the file was
+        truncated: the caller's responsibility, as ``unsafe`` is in Rust. It keeps the memory
+        mapped, also after the map was closed.
+        """
+        self._core.check()
+        mapping = self._core.mapping
+        return mapping.buffer(0, mapping.length, writable=False)
+
+    def as_mut_slice(self) -> memoryview:
+        """
+        As :meth:`as_slice`, writable.
+
+        :raises PermissionError: the map is not writable
+        """
+        self._core.check()
+        self._core.check_writable()
+        self._core.raw_stores()
+        mapping = self._core.mapping
+        return mapping.buffer(0, mapping.length, writable=True)
+
+    def statistics(self) -> MmapStatistics:
+        """What the map has done so far, and what waits."""
+        return self._core.statistics()
+
+    async def file_size(self) -> int:
+        """
+        Bytes of the file now, which another process may have changed. A checkpoint.
+
+        The map's own length for memory without a file.
+        """
+        mapping = self._checked()
+        file = mapping.file
+        if file is None:
+            await self._core.loop.checkpoint()
+            return mapping.length
+        return await self._core.run(file.size)
+
+    def _checked(self) -> Mapping:
+        self._core.check()
+        return self._core.mapping
+
+    def __repr__(self) -> str:
+        core = self._core
+        if core.closed:
+            return f"<{type(self).__name__} closed>"
+        mapping = core.mapping
+        name = "anonymous memory"
+        if mapping.file is not None and not mapping.file.anonymous:
+            name = repr(mapping.file.filename) if mapping.file.filename else "a file"
+        return (
+            f"<{type(self).__name__} of {name}, {mapping.length} bytes from {mapping.offset}, "
+            f"{mapping.protection.name}, {core.views} views>"
+        )
+
+    # Views
+
+    def view(
+        self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, load: bool = True
+    ) -> Opening[MmapView]:
+        """
+        A view of a region, held shared: other readers may hold it too, writers wait.
+
+        Awaited or entered. A checkpoint; O(log n) in the number of regions held.
+
+        :param length: bytes; None for the rest of the map
+        :param load: bring the region's pages in first, off the loop. False for regions too
+            large for that: touching a page that is not there stops the event loop
+        :raises DeadlockError: the task holds the region exclusively, or tasks wait in a circle
+        :raises TruncatedError: the file does not reach the region (with ``load``)
+        :raises OSError: what the disk says (with ``load``)
+        :raises ClosedResourceError: the map is closed, or was while this waited
+        """
+        return self._view(offset, length, False, load)
+
+    def view_mut(
+        self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, load: bool = True
+    ) -> Opening[MmapView]:
+        """
+        A view of a region, held exclusively, with a writable buffer. See :meth:`view`.
+
+        With ``load``, regions up to 256 KiB come with their pages ready for stores, which
+        dirties them; in larger ones holes are filled, and the first store into a page may
+        wait for the file system.
+
+        :raises PermissionError: the map is not writable
+        :raises OSError: also ENOSPC, for a hole that has no room
+        """
+        self._core.check_writable()
+        return self._view(offset, length, True, load)
+
+    def _view(
+        self, offset: SupportsIndex, length: SupportsIndex | None, exclusive: bool, load: bool
+    ) -> Opening[MmapView]:
+        core = self._core
+        core.check()
+        offset, length = check_range(offset, length, core.mapping.length)
+        return Opening(partial(_open_view, core, offset, length, exclusive, load))
+
+    def view_nowait(
+        self, offset: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> MmapView:
+        """
+        As :meth:`view`, at once and without loading pages.
+
+        :raises WouldBlock: the region is not free
+        :raises DeadlockError: the task holds it in a conflicting way
+        """
+        return self._view_nowait(offset, length, False)
+
+    def view_mut_nowait(
+        self, offset: SupportsIndex = 0, length: SupportsIndex | None = None
+    ) -> MmapView:
+        """As :meth:`view_mut`, at once and without loading pages. See :meth:`view_nowait`."""
+        self._core.check_writable()
+        return self._view_nowait(offset, length, True)
+
+    def _view_nowait(
+        self, offset: SupportsIndex, length: SupportsIndex | None, exclusive: bool
+    ) -> MmapView:
+        core = self._core
+        core.check()
+        offset, length = check_range(offset, length, core.mapping.length)
+        claim = core.lock.acquire_nowait(offset, offset + length, exclusive)
+        return MmapView(core, claim, offset, length, claim.owner, exclusive)
+
+    def into_view(self) -> Opening[MmapView]:
+        """
+        Give the map up for one view of all of it, which can be split.
+
+        The view is exclusive, or shared if the map is not writable; nothing is loaded. The
+        map's own calls raise :exc:`~anyio.ClosedResourceError` from then on; it flushes and
+        closes with the last view that was split from this one. A checkpoint.
+
+        :raises DeadlockError: the task has a view of the map
+        """
+        self._core.check()
+        return Opening(partial(_into_view, self._core))
+
+    def into_view_sync(self) -> Opening[MmapViewSync]:
+        """As :meth:`into_view`, for a view that several tasks and threads may use."""
+        self._core.check()
+        return Opening(partial(_into_view_sync, self._core))
+
+    # Copies
+
+    async def read_at(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
+        """
+        A copy of a range, all of it. A checkpoint.
+
+        The region is held shared while it is copied. Small ranges that are in memory are
+        copied on the loop, others in a worker; either way bad storage is an error.
+
+        :raises DeadlockError: the task holds the region exclusively
+        :raises TruncatedError: the file does not reach the range
+        :raises OSError: what the disk says
+        """
+        core = self._core
+        core.check()
+        offset, length = check_range(offset, length, core.mapping.length)
+        await core.loop.checkpoint()
+        if core.lock.check_free(offset, offset + length, False):
+            core.check()
+            data = core.read_nowait(offset, length)
+            if data is not None:
+                return data
+        claim = await core.lock.acquire(offset, offset + length, False)
+        try:
+            return await core.read(offset, length)
+        finally:
+            core.lock.release(claim)
+
+    async def readinto_at(self, offset: SupportsIndex, buffer: Buffer) -> int:
+        """
+        Copy a range into a buffer, and fill it. See :meth:`read_at`.
+
+        :param buffer: writable and contiguous; its size says how many bytes
+        :return: the bytes copied, always the buffer's size
+        :raises TypeError: the buffer is read-only, or none
+        """
+        core = self._core
+        core.check()
+        target = _buffers.writable(buffer)
+        offset, length = check_range(offset, len(target), core.mapping.length)
+        claim = await core.lock.acquire(offset, offset + length, False)
+        try:
+            await core.read_into(offset, target)
+        finally:
+            core.lock.release(claim)
+        return length
+
+    async def write_at(self, offset: SupportsIndex, data: Buffer) -> int:
+        """
+        Store bytes, all of them. A checkpoint. The file never grows.
+
+        The region is held exclusively while it is stored to. Durable after the next flush.
+
+        :param data: contiguous bytes; may be memory of this map too
+        :return: the bytes stored, always the size of ``data``
+        :raises PermissionError: the map is not writable
+        :raises DeadlockError: the task holds bytes of the region
+        :raises TruncatedError: the file does not reach the range
+        :raises OSError: ENOSPC for a hole without room, what the disk says otherwise
+        """
+        core = self._core
+        core.check()
+        core.check_writable()
+        source = _buffers.readable(data)
+        offset, length = check_range(offset, len(source), core.mapping.length)
+        await core.loop.checkpoint()
+        if core.lock.check_free(offset, offset + length, True):
+            core.check()
+            core.check_writable()
+            if core.write_nowait(offset, source):
+                return length
+        claim = await core.lock.acquire(offset, offset + length, True)
+        try:
+            core.check_writable()
+            await core.write(offset, source)
+        finally:
+            core.lock.release(claim)
+        return length
+
+    async def move(self, dest: SupportsIndex, src: SupportsIndex, length: SupportsIndex) -> None:
+        """
+        Copy bytes inside the map; the ranges may overlap, as with ``memmove``. A checkpoint.
+
+        Both ranges are held while it runs, granted together.
+
+        :raises PermissionError: the map is not writable
+        :raises DeadlockError: the task holds bytes of the ranges in a conflicting way
+        :raises OSError: as :meth:`write_at`
+        """
+        core = self._core
+        core.check()
+        core.check_writable()
+        size = core.mapping.length
+        dest, length = check_range(dest, length, size)
+        src, length = check_range(src, length, size)
+        claim = await core.lock.acquire_ranges(
+            ((dest, dest + length, True), (src, src + length, False))
+        )
+        try:
+            core.check_writable()
+            core.still_inside(dest, length)
+            mapping = core.still_inside(src, length)
+            if length:
+                core.written = True
+                await core.pager.move(mapping, dest, src, length)
+        finally:
+            core.written = core.written or length > 0
+            core.lock.release(claim)
+
+    async def find(
+        self, needle: Buffer, start: SupportsIndex = 0, end: SupportsIndex | None = None
+    ) -> int:
+        """
+        Where the bytes first occur in ``[start, end)``, or -1, as :meth:`bytes.find`.
+
+        Off the loop, piece by piece, each held shared while it is searched: no snapshot of
+        the whole. A checkpoint; cancellable between pieces.
+
+        :param start: negative counts from the end
+        :raises OSError: as :meth:`read_at`
+        """
+        self._core.check()
+        return await find(self._core, needle, start, end, last=False)
+
+    async def rfind(
+        self, needle: Buffer, start: SupportsIndex = 0, end: SupportsIndex | None = None
+    ) -> int:
+        """Where the bytes last occur, or -1, as :meth:`bytes.rfind`. See :meth:`find`."""
+        self._core.check()
+        return await find(self._core, needle, start, end, last=True)
+
+    def windows(
+        self,
+        size: SupportsIndex = WINDOW,
+        *,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+    ) -> Windows:
+        """
+        A range in consecutive windows of memory, the next ones read ahead::
+
+            async for window in m.windows():
+                checksum = zlib.crc32(window, checksum)
+
+        Each window's region is held shared, and its pages are in memory, when it is handed
+        out; it is released at the next step. At most 32 MiB are read ahead.
+
+        :param size: bytes of a window, at least 1; the last one may be shorter
+        """
+        core = self._core
+        core.check()
+        size = check_length(size, "size")
+        offset, length = check_range(offset, length, core.mapping.length)
+        return Windows(core, size, offset, length)
+
+    # Durability
+
+    async def flush(self) -> None:
+        """
+        Make everything durable that was stored before. A checkpoint.
+
+        When it returns, a power cut loses none of it, nor the size needed to read it. Tasks
+        that ask at the same time share device flushes. Nothing to do for maps that are
+        read-only, copy-on-write or anonymous. Takes no region: a task may flush under its own
+        view. Cancelled, it leaves; the flush goes on.
+
+        :raises FlushError: this flush failed, or an earlier one that was not cleared
+        :raises TruncatedError: the file does not reach the end of the map any more
+        """
+        await self._core.flush(0, self._checked().length)
+
+    async def flush_range(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        """
+        Make a range durable, and maybe more. See :meth:`flush`.
+
+        It waits for at most what is dirty when it begins; while a large flush of another task
+        is under way, small ranges are flushed between its pieces.
+        """
+        offset, length = check_range(offset, length, self._checked().length)
+        await self._core.flush(offset, length)
+
+    async def flush_async(self) -> PendingFlush:
+        """
+        Start the write-back of everything stored before. A checkpoint.
+
+        It does not wait for the disk. Awaiting the result makes it durable; nobody has to.
+
+        :raises FlushError: an earlier flush failed, or the kernel refused
+        :raises TruncatedError: the file does not reach the end of the map any more
+        """
+        return await self._core.flush_async(0, self._checked().length)
+
+    async def flush_async_range(self, offset: SupportsIndex, length: SupportsIndex) -> PendingFlush:
+        """Start the write-back of a range, and maybe more. See :meth:`flush_async`."""
+        offset, length = check_range(offset, length, self._checked().length)
+        return await self._core.flush_async(offset, length)
+
+    async def clear_flush_error(self) -> None:
+        """
+        Acknowledge a failed flush, so that flushes are tried again. A checkpoint.
+
+        What was to be flushed then may be lost, and no later flush can tell: store it again
+        first. A :class:`PendingFlush` from before stays failed.
+        """
+        self._core.check()
+        self._core.flusher.clear()
+        await self._core.loop.checkpoint()
+
+    # Pages
+
+    async def load(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
+        """
+        Bring a range into memory. A checkpoint; cancellable between pieces.
+
+        It takes no region, and nothing keeps the pages there but :meth:`pin`.
+
+        :raises TruncatedError: the file does not reach the range
+        :raises OSError: what the disk says
+        """
+        core = self._core
+        offset, length = check_range(offset, length, self._checked().length)
+        await core.loop.checkpoint()
+        core.check()
+        if not core.is_ready_nowait(offset, length, write=False):
+            await core.pager.load(core.mapping, offset, length)
+
+    async def resident(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> int:
+        """
+        How many bytes of a range are in memory now. A checkpoint.
+
+        Where the kernel hides it from who neither owns nor may write the file, pages whose
+        read is still under way are counted too.
+        """
+        core = self._core
+        mapping = self._checked()
+        offset, length = check_range(offset, length, mapping.length)
+        await core.loop.checkpoint()
+        total = 0
+        for piece, count in pieces(offset, length, _RESIDENT_PIECE):
+            total += await core.run(partial(mapping.resident_bytes, piece, count))
+        return total
+
+    async def advise(
+        self,
+        advice: Advice | str,
+        offset: SupportsIndex = 0,
+        length: SupportsIndex | None = None,
+    ) -> None:
+        """
+        Tell the kernel how a range will be used. A checkpoint.
+
+        The range is widened to whole pages. No advice changes bytes.
+
+        :raises OSError: ENOTSUP where the platform does not know it; EINVAL where it does not
+            fit this memory
+        """
+        advice = Advice.parse(advice)
+        mapping = self._checked()
+        offset, length = check_range(offset, length, mapping.length)
+        await self._core.loop.checkpoint()
+        if length:
+            await self._core.run(partial(mapping.advise, offset, length, advice))
+
+    async def pin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
+        """
+        Keep a range in memory until it is unpinned as often as it was pinned. A checkpoint.
+
+        The range is widened to whole pages, which are brought in. Closing and resizing unpin.
+
+        :raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK, with the limit
+        """
+        core = self._core
+        mapping = self._checked()
+        offset, length = check_range(offset, length, mapping.length)
+        await core.loop.checkpoint()
+        if length:
+            await self._pins.pin(core, mapping, offset, length)
+
+    async def unpin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
+        """
+        Undo one :meth:`pin` of the range. A checkpoint.
+
+        :raises ValueError: some of it is not pinned; nothing is unpinned
+        """
+        core = self._core
+        mapping = self._checked()
+        offset, length = check_range(offset, length, mapping.length)
+        await core.loop.checkpoint()
+        if length:
+            await self._pins.unpin(core, mapping, offset, length)
+
+    # Shape
+
+    async def resize(self, length: SupportsIndex) -> None:
+        """
+        Give the map, and the file with it, another length. A checkpoint.
+
+        Waits until no region is held. Growing reserves blocks; the new size is durable with
+        the next flush. Addresses change. After an error or a cancellation the map is the old
+        or the new one, whole.
+
+        :param length: bytes, at least 1
+        :raises DeadlockError: the task has a view of the map
+        :raises BufferError: raw buffers are out; nothing has changed
+        :raises PermissionError: the map is not writable
+        :raises ValueError: READ_COPY of a file; or it would cut off what the file has behind
+            the map
+        :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM
+        """
+        core = self._core
+        core.check()
+        core.check_writable()
+        length = check_length(length)
+        if core.mapping.private and core.mapping.file is not None:
+            raise ValueError(
+                "a READ_COPY map cannot be resized, because its stores are not in the file: "
+                "open it again with the length it should have"
+            )
+        claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
+        try:
+            core.check_writable()
+            if length != core.mapping.length:
+                await self._reshape(partial(_reshaping.resized, core.mapping, length))
+                core.written = True
+        finally:
+            core.lock.release(claim)
+
+    async def set_protection(self, protection: Protection | str) -> None:
+        """
+        Map the same bytes with another protection. A checkpoint.
+
+        Waits until no region is held. READ, READ_WRITE and READ_EXECUTE change into each
+        other as far as the descriptor's rights go. Addresses change.
+
+        :raises DeadlockError: the task has a view of the map
+        :raises BufferError: raw buffers are out; nothing has changed
+        :raises PermissionError: the file was opened with fewer rights; the map stays usable
+        :raises ValueError: to or from READ_COPY, which is not the same memory
+        """
+        core = self._core
+        core.check()
+        protection = Protection.parse(protection)
+        old = core.mapping.protection
+        if protection is not old and Protection.READ_COPY in (protection, old):
+            raise ValueError(
+                f"{old.name} cannot become {protection.name}: private memory and the file's are "
+                f"not the same bytes; open it again"
+            )
+        claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
+        try:
+            if protection is not core.mapping.protection:
+                await self._reshape(partial(_reshaping.protected, core.mapping, protection))
+        finally:
+            core.lock.release(claim)
+
+    async def _reshape(self, change: Callable[[], Mapping]) -> None:
+        core = self._core
+        if core.mapping.exported():
+            raise BufferError(
+                "cannot change the map while buffers of its memory are out: release or delete "
+                "slices and arrays over it first"
+            )
+        made: list[Mapping] = []
+        try:
+            # A cancelled task stays until the worker has finished.
+            await core.run(lambda: made.append(change()))
+        finally:
+            if made:
+                self._pins = Pins()
+                old = core.replace(made.pop())
+                await _workers.finish(old.clear)
+
+    # The end
+
+    async def aclose(self, *, flush: bool = True) -> None:
+        """
+        Close the map. Safe to call again.
+
+        New requests, and those that wait for a region, get
+        :exc:`~anyio.ClosedResourceError`. Views that are out stay usable; memory and
+        descriptor go with the last of them, or with the last raw buffer. It closes under every
+        cancellation, and then does not flush.
+
+        :param flush: make durable what was written
+        :raises FlushError: this flush failed, or an earlier one that was not cleared; the map
+            is closed
+        """
+        core = self._core
+        core.check_loop()
+        if core.closed:
+            await core.loop.checkpoint()
+            return
+        core.begin_close(flush_at_end=flush)
+        await core.end(flush=flush)
+
+    async def __aenter__(self) -> Self:
+        self._core.check()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose(flush=exc_type is None)
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None and not core.closed:
+            warnings.warn(
+                f"{self!r} was dropped without being closed", ResourceWarning, source=self
+            )
+
+
+_RESIDENT_PIECE = 1 << 30
+"""Bytes whose residency is asked for at once: 262 144 pages, a vector of 256 KiB."""
+
+
+async def _open_view(
+    core: OpenMap, offset: int, length: int, exclusive: bool, load: bool
+) -> MmapView:
+    claim = await core.lock.acquire(offset, offset + length, exclusive)
+    try:
+        if load and not core.is_ready_nowait(offset, length, write=exclusive):
+            await core.make_ready(offset, length, write=exclusive)
+        core.still_inside(offset, length)
+        if exclusive:
+            core.check_writable()
+        return MmapView(core, claim, offset, length, claim.owner, exclusive)
+    except BaseException:
+        core.lock.release(claim)
+        raise
+
+
+async def _take_all(core: OpenMap) -> tuple[Claim, int, bool]:
+    writable = core.mapping.protection.writable
+    claim = await core.lock.acquire(0, LARGEST_OFFSET, writable)
+    core.begin_close(flush_at_end=True)
+    length = core.mapping.length
+    core.lock.restrict(claim, 0, length)
+    return claim, length, writable
+
+
+async def _into_view(core: OpenMap) -> MmapView:
+    claim, length, writable = await _take_all(core)
+    return MmapView(core, claim, 0, length, claim.owner, writable)
+
+
+async def _into_view_sync(core: OpenMap) -> MmapViewSync:
+    claim, length, writable = await _take_all(core)
+    core.lock.disown(claim)
+    return MmapViewSync(core, claim, 0, length, writable)
+
+
+def _check_path(path: StrOrBytesPath) -> str | bytes:
+    name = os.fspath(path)
+    if ("\0" if isinstance(name, str) else b"\0") in name:  # type: ignore[operator]
+        raise ValueError(f"the path {name!r} has a NUL character in it, which no path can have")
+    return name
+
+
+def _check_file_range(
+    offset: SupportsIndex, length: SupportsIndex | None
+) -> tuple[int, int | None]:
+    offset = as_int(offset, "offset")
+    if not 0 <= offset <= LARGEST_OFFSET:
+        raise ValueError(f"offset {offset} is not inside any file")
+    return offset, None if length is None else check_length(length)
+
+
+def _descriptor(file: int | HasFileno) -> tuple[int, Filename]:
+    """The descriptor, and the path where the object knows one."""
+    if hasattr(file, "fileno"):
+        fd = as_int(file.fileno(), "fileno()")
+        name = getattr(file, "name", None)
+        return fd, name if isinstance(name, str | bytes) else None
+    fd = as_int(file, "file")
+    if fd < 0:
+        raise ValueError(f"file descriptor {fd} is negative: the file is closed?")
+    return fd, None

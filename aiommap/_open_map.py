@@ -1,0 +1,349 @@
+"""What a map and its views share, and when it goes.
+
+An :class:`OpenMap` has the mapping, the region lock, the pager and the flusher, and counts who
+uses them: the map until it is closed, then the views that are still out. The last one to leave
+gives the memory and the descriptor to a worker, which lets them go where nobody waits. What is
+in flight by then (a load, a flush) holds the mapping by itself.
+
+The loop thread comes here for every access, so the order is: check, one checkpoint, look
+whether the bytes are free and in memory, and only then anything that costs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, ClosedResourceError
+
+from . import _workers
+from ._event_loop import EventLoop, current_event_loop
+from ._file import File
+from ._flusher import Flusher, PendingFlush, nothing_pending
+from ._kernel import Kernel
+from ._mapping import INLINE, Mapping
+from ._pager import Pager
+from ._region_lock import ClaimLock
+from ._wait_graph import HELD, Claim
+
+T = TypeVar("T")
+
+STORES_PREPARED = 256 << 10
+"""
+Up to this many bytes a writable view comes with its pages ready for stores, so that a store
+never waits for the file system. It dirties the pages, written to or not; larger views come
+with their holes filled, and leave the first store into each page to the task (docs/design.md).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class MmapStatistics:
+    """
+    What a map has done so far, and what waits.
+
+    :ivar views: views that are out now
+    :ivar waiting: requests that wait for a region now
+    :ivar loads_inline: accesses that found their pages in memory and stayed on the loop
+    :ivar loads_off_loop: loads and copies that went to a worker
+    :ivar bytes_loaded: the bytes of those
+    :ivar flushes_requested: calls that asked for something durable
+    :ivar flushes_done: device flushes that succeeded
+    :ivar writebacks_started: calls of ``flush_async`` and ``flush_async_range``
+    """
+
+    views: int
+    waiting: int
+    loads_inline: int
+    loads_off_loop: int
+    bytes_loaded: int
+    flushes_requested: int
+    flushes_done: int
+    writebacks_started: int
+
+
+class OpenMap:
+    """The state behind one :class:`~aiommap.AsyncMmap` and its views."""
+
+    __slots__ = (
+        "__weakref__",
+        "_mapping",
+        "_raw_stores",
+        "closed",
+        "flush_at_end",
+        "flusher",
+        "kernel",
+        "limiter",
+        "loads_inline",
+        "lock",
+        "loop",
+        "pager",
+        "views",
+        "written",
+    )
+
+    def __init__(self, kernel: Kernel, mapping: Mapping, limiter: CapacityLimiter | None) -> None:
+        self.kernel = kernel
+        self.loop: EventLoop = current_event_loop()
+        self.limiter = limiter or _workers.default_limiter()
+        self._mapping: Mapping | None = mapping
+        self.lock = ClaimLock()
+        self.pager = Pager(self.loop, self.limiter)
+        filename = mapping.file.filename if mapping.file is not None else None
+        self.flusher = Flusher(self.loop, self.limiter, filename)
+        self.closed = False
+        self.flush_at_end = False
+        self.views = 0
+        self.loads_inline = 0
+        self.written = False
+        self._raw_stores = False
+
+    # Checks
+
+    @property
+    def mapping(self) -> Mapping:
+        """:raises ClosedResourceError: when it is gone"""
+        mapping = self._mapping
+        if mapping is None:
+            raise ClosedResourceError("the map is closed")
+        return mapping
+
+    def check_loop(self) -> None:
+        """:raises RuntimeError: when the caller is not in the map's own event loop"""
+        if not self.loop.is_running_here():
+            raise RuntimeError(
+                "this map belongs to another event loop, or is used from a foreign thread: open "
+                "it again there, or call through anyio.from_thread.run"
+            )
+
+    def check(self) -> None:
+        """
+        The map may be used here and now.
+
+        :raises ClosedResourceError: it was closed
+        :raises RuntimeError: see :meth:`check_loop`
+        """
+        if self.closed:
+            raise ClosedResourceError("the map is closed")
+        self.check_loop()
+
+    def check_writable(self) -> None:
+        """:raises PermissionError: stores are not allowed"""
+        protection = self.mapping.protection
+        if not protection.writable:
+            raise PermissionError(
+                f"the map is not writable: its protection is {protection.name}; open it with "
+                f"READ_WRITE or READ_COPY, or use set_protection()"
+            )
+
+    def still_inside(self, offset: int, length: int) -> Mapping:
+        """
+        The mapping as it is after a wait, which may have let a resize or a close through.
+
+        :raises ValueError: the range is not inside any more
+        """
+        mapping = self.mapping
+        if length > mapping.length - offset:
+            raise ValueError(
+                f"offset {offset} and length {length} are not inside the map any more: it was "
+                f"resized to {mapping.length} bytes"
+            )
+        return mapping
+
+    # Copies; the caller holds the region or has found it free
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """The bytes, if few and in memory."""
+        data = self.still_inside(offset, length).read_nowait(offset, length)
+        if data is not None:
+            self.loads_inline += 1
+        return data
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes, off the loop where needed."""
+        data = self.read_nowait(offset, length)
+        if data is None:
+            data = await self.pager.read(self.mapping, offset, length)
+        return data
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As :meth:`read`, into the caller's buffer."""
+        length = len(buffer)
+        data = self.read_nowait(offset, length) if length <= INLINE else None
+        if data is None:
+            await self.pager.read_into(self.still_inside(offset, length), offset, buffer)
+        else:
+            buffer[:] = data
+
+    def write_nowait(self, offset: int, data: memoryview) -> bool:
+        """Store few bytes, where that cannot wait."""
+        if not self.still_inside(offset, len(data)).write_nowait(offset, data):
+            return False
+        self.written = True
+        self.loads_inline += 1
+        return True
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Store the bytes, off the loop where needed."""
+        if self.write_nowait(offset, data):
+            return
+        self.written = True
+        try:
+            await self.pager.write(self.mapping, offset, data)
+        finally:
+            # A flush that ran meanwhile may have missed the last of it.
+            self.written = True
+
+    # Views
+
+    def is_ready_nowait(self, offset: int, length: int, *, write: bool) -> bool:
+        """Whether the range can be touched, and stored to if ``write``, without a wait."""
+        mapping = self.still_inside(offset, length)
+        if length == 0:
+            return True
+        if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length):
+            return False
+        self.loads_inline += 1
+        return True
+
+    async def make_ready(self, offset: int, length: int, *, write: bool) -> None:
+        """Bring the range in, off the loop; see :data:`STORES_PREPARED`."""
+        mapping = self.mapping
+        if write and length > STORES_PREPARED:
+            await self.run(partial(mapping.reserve, offset, length))
+            write = False
+        await self.pager.load(mapping, offset, length, write=write)
+
+    def run(self, call: Callable[[], T]) -> Coroutine[Any, Any, T]:
+        """Run a call in a worker; stays until it has finished."""
+        return _workers.run(call, limiter=self.limiter)
+
+    def leave(self, claim: Claim) -> None:
+        """A view has closed. Frees its region, without waiting."""
+        self.lock.release(claim)
+        self.views -= 1
+        if claim.exclusive:
+            self.written = True
+
+    def forget(self, claim: Claim) -> None:
+        """A view was dropped without being closed; from any thread, at any moment."""
+        self.loop.post(self._leave_forgotten, claim)
+
+    def _leave_forgotten(self, claim: Claim) -> None:
+        if claim.state == HELD:
+            self.leave(claim)
+        self.let_go_soon()
+
+    # Flushes
+
+    def _is_nothing_to_flush(self, mapping: Mapping, length: int) -> bool:
+        return length == 0 or mapping.file is None or not (mapping.syncable or self._owes(mapping))
+
+    def _owes(self, mapping: Mapping) -> bool:
+        # Written, and then set to READ: the bytes are still to be made durable.
+        return self.written and not mapping.private and _is_named(mapping.file)
+
+    async def flush(self, offset: int, length: int) -> None:
+        """Make a range durable."""
+        mapping = self.mapping
+        self.flusher.check()
+        if self._is_nothing_to_flush(mapping, length):
+            await self.loop.checkpoint()
+            return
+        whole = offset == 0 and length == mapping.length
+        if whole:
+            # Before it begins: what is stored from now on is not this flush's.
+            self.written = self._raw_stores or self.views > 0
+        try:
+            await self.flusher.flush(mapping, offset, length)
+        except BaseException:
+            self.written = True
+            raise
+
+    async def flush_async(self, offset: int, length: int) -> PendingFlush:
+        """Start the write-back of a range."""
+        mapping = self.mapping
+        self.flusher.check()
+        if self._is_nothing_to_flush(mapping, length):
+            await self.loop.checkpoint()
+            return nothing_pending(offset, length)
+        return await self.flusher.start(mapping, offset, length)
+
+    def raw_stores(self) -> None:
+        """Memory was given out that anybody may store to at any time."""
+        self.written = self._raw_stores = True
+
+    # The end
+
+    def begin_close(self, *, flush_at_end: bool) -> None:
+        """Refuse new requests and wake those that wait for a region."""
+        self.closed = True
+        self.flush_at_end = flush_at_end
+        self.lock.close(lambda: ClosedResourceError("the map was closed"))
+
+    async def flush_what_was_written(self) -> None:
+        """The flush of leaving. :raises FlushError: also one from before"""
+        mapping = self.mapping
+        if self.written and not self._is_nothing_to_flush(mapping, mapping.length):
+            await self.flush(0, mapping.length)
+        else:
+            self.flusher.check()
+
+    async def end(self, *, flush: bool) -> None:
+        """
+        Flush if asked and not cancelled, then let go unless views are out. Never cancelled.
+
+        :raises FlushError: after everything is closed
+        """
+        try:
+            if flush:
+                # A cancelled caller does not flush: it shows here, before anything starts.
+                await self.loop.checkpoint()
+                await self.flush_what_was_written()
+        finally:
+            await self.let_go()
+
+    async def let_go(self) -> None:
+        """Give memory and descriptor to a worker, if nobody uses them; wait for it."""
+        box = self._take_unused()
+        if box:
+            await _workers.finish(box.clear)
+
+    def let_go_soon(self) -> None:
+        """As :meth:`let_go`, without waiting: for the end of forgotten objects."""
+        box = self._take_unused()
+        if box:
+            try:
+                _workers.start(box.clear)
+            except RuntimeError:  # the interpreter is going down: its end unmaps
+                box.clear()
+
+    def _take_unused(self) -> list[Mapping]:
+        mapping = self._mapping
+        if not self.closed or self.views or mapping is None:
+            return []
+        self._mapping = None
+        return [mapping]
+
+    def replace(self, mapping: Mapping) -> list[Mapping]:
+        """The map has another length or protection from now on; gives the old mapping."""
+        old = self.mapping
+        self._mapping = mapping
+        return [old]
+
+    def statistics(self) -> MmapStatistics:
+        return MmapStatistics(
+            views=self.views,
+            waiting=self.lock.queue.waiting,
+            loads_inline=self.loads_inline,
+            loads_off_loop=self.pager.loads,
+            bytes_loaded=self.pager.bytes_loaded,
+            flushes_requested=self.flusher.requested,
+            flushes_done=self.flusher.done,
+            writebacks_started=self.flusher.write_backs,
+        )
+
+
+def _is_named(file: File | None) -> bool:
+    return file is not None and not file.anonymous

@@ -1,0 +1,592 @@
+"""Views: a task's hold on a region, and the same hold shared between tasks and threads.
+
+A view is a claim on the region, a buffer over its bytes and a cursor. It is closed without
+waiting for anything: buffer, claim, count, in that order and before the first await, so that
+no cancellation can come between. Only the last view of a map that was closed before it has
+more to do, and waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import TracebackType
+from typing import Self, SupportsIndex, overload
+
+from anyio import BusyResourceError, ClosedResourceError
+
+from . import _buffers
+from ._flusher import PendingFlush
+from ._open_map import OpenMap
+from ._ranges import as_int, check_range
+from ._typing import Buffer
+from ._wait_graph import Claim
+
+_LINE = 4096
+"""Bytes that readline() looks at first; doubled until the line ends. A page."""
+
+
+class _View:
+    """What both kinds of view do. Subclasses say who may use it."""
+
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_claim",
+        "_core",
+        "_cursor",
+        "_length",
+        "_offset",
+        "_writable",
+    )
+
+    def __init__(
+        self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
+    ) -> None:
+        self._core = core
+        self._claim: Claim | None = claim
+        self._offset = offset
+        self._length = length
+        self._writable = writable
+        self._cursor = 0
+        self._buffer = core.mapping.buffer(offset, length, writable=writable)
+        core.views += 1
+        if writable:
+            core.written = True
+
+    def _use(self) -> Claim:
+        """Check that the caller may use the view now."""
+        raise NotImplementedError
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise PermissionError("the view is read-only: take it with view_mut()")
+
+    # What it is
+
+    def __len__(self) -> int:
+        """Bytes of the region."""
+        return self._length
+
+    @property
+    def offset(self) -> int:
+        """Where the region begins, in bytes from the start of the map."""
+        return self._offset
+
+    @property
+    def writable(self) -> bool:
+        """Whether the region is held exclusively and takes stores."""
+        return self._writable
+
+    @property
+    def closed(self) -> bool:
+        """Whether the region was given back."""
+        return self._claim is None
+
+    def __repr__(self) -> str:
+        kind = "closed" if self.closed else "exclusive" if self._writable else "shared"
+        end = self._offset + self._length
+        return f"<{type(self).__name__} of bytes {self._offset} to {end}, {kind}>"
+
+    # Plain memory
+
+    @property
+    def buffer(self) -> memoryview:
+        """
+        The bytes themselves, without a copy; writable if the view is.
+
+        Plain memory, and so are arrays and slices over it: nobody checks who touches it, and
+        touching bytes that another process truncates away is SIGBUS. It is released when the
+        view closes.
+
+        :raises ClosedResourceError: the view is closed
+        :raises BusyResourceError: the view belongs to another task
+        """
+        self._use()
+        return self._buffer
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
+        """An int for an index, a copy for a slice; indices as in :class:`mmap.mmap`."""
+        self._use()
+        if isinstance(key, slice):
+            return bytes(self._buffer[key])
+        return self._buffer[key]
+
+    def __setitem__(self, key: SupportsIndex | slice, value: SupportsIndex | Buffer) -> None:
+        """
+        Store a byte, or as many bytes as the slice has.
+
+        :raises TypeError: the view is read-only
+        :raises ValueError: the sizes differ
+        """
+        self._use()
+        if isinstance(key, slice):
+            if self._buffer.readonly:
+                raise TypeError("cannot modify read-only memory")
+            self._buffer[key] = _buffers.readable(value, "value")  # type: ignore[arg-type]
+        else:
+            self._buffer[key] = value  # type: ignore[call-overload]
+
+    # Indexing would make it iterable, byte by byte and slowly; lines are what files give.
+    __iter__ = None
+
+    def __bytes__(self) -> bytes:
+        """A copy of the region."""
+        self._use()
+        return bytes(self._buffer)
+
+    def __buffer__(self, flags: int) -> memoryview:
+        """``memoryview(view)``, from Python 3.12."""
+        self._use()
+        return self._buffer[:]
+
+    def as_slice(self) -> memoryview:
+        """The bytes without a copy, read-only. See :attr:`buffer`."""
+        self._use()
+        return self._buffer.toreadonly()
+
+    def as_mut_slice(self) -> memoryview:
+        """
+        The bytes without a copy, writable. See :attr:`buffer`.
+
+        :raises PermissionError: the view is read-only
+        """
+        self._use()
+        self._check_writable()
+        return self._buffer
+
+    def ptr(self) -> int:
+        """The address of the first byte, valid while the view is open."""
+        self._use()
+        return self._core.mapping.address + self._offset
+
+    def mut_ptr(self) -> int:
+        """
+        As :meth:`ptr`, to store to.
+
+        :raises PermissionError: the view is read-only
+        """
+        self._check_writable()
+        return self.ptr()
+
+    # Flushes
+
+    async def flush(self) -> None:
+        """Make the region durable, see :meth:`~aiommap.AsyncMmap.flush_range`."""
+        self._use()
+        await self._core.flush(self._offset, self._length)
+
+    async def flush_range(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        """Make a part of the region durable; the offset is relative to the view."""
+        self._use()
+        offset, length = check_range(offset, length, self._length, "view")
+        await self._core.flush(self._offset + offset, length)
+
+    async def flush_async(self) -> PendingFlush:
+        """Start the write-back, see :meth:`~aiommap.AsyncMmap.flush_async_range`."""
+        self._use()
+        return await self._core.flush_async(self._offset, self._length)
+
+    async def flush_async_range(self, offset: SupportsIndex, length: SupportsIndex) -> PendingFlush:
+        """Start the write-back of a part; the offset is relative to the view."""
+        self._use()
+        offset, length = check_range(offset, length, self._length, "view")
+        return await self._core.flush_async(self._offset + offset, length)
+
+    # As a binary anyio.AsyncFile: copies, safe from SIGBUS, at a cursor of its own
+
+    async def tell(self) -> int:
+        """The cursor, in bytes from the start of the view. A checkpoint."""
+        self._use()
+        await self._core.loop.checkpoint()
+        return self._cursor
+
+    async def seek(self, offset: SupportsIndex, whence: int = os.SEEK_SET) -> int:
+        """
+        Move the cursor. A checkpoint.
+
+        :param offset: bytes from where ``whence`` says: 0 the start, 1 the cursor, 2 the end
+        :return: the cursor
+        :raises ValueError: the place is outside the view; the cursor stays
+        """
+        self._use()
+        offset = as_int(offset, "offset")
+        if whence == os.SEEK_SET:
+            target = offset
+        elif whence == os.SEEK_CUR:
+            target = self._cursor + offset
+        elif whence == os.SEEK_END:
+            target = self._length + offset
+        else:
+            raise ValueError(f"whence must be 0, 1 or 2, not {whence!r}")
+        if not 0 <= target <= self._length:
+            raise ValueError(f"cannot seek to {target} in a view of {self._length} bytes")
+        await self._core.loop.checkpoint()
+        self._cursor = target
+        return target
+
+    async def read(self, size: SupportsIndex | None = -1) -> bytes:
+        """
+        A copy of the next bytes, fewer at the end. A checkpoint.
+
+        :param size: bytes at most; None or negative for all the rest
+        :raises TruncatedError: the file does not reach them any more
+        :raises OSError: what the disk says
+        """
+        self._use()
+        count = self._next_bytes(size)
+        start = self._cursor
+        await self._core.loop.checkpoint()
+        data = await self._core.read(self._offset + start, count)
+        self._cursor = start + count
+        return data
+
+    def _next_bytes(self, size: SupportsIndex | None) -> int:
+        rest = self._length - self._cursor
+        if size is None:
+            return rest
+        size = as_int(size, "size")
+        return rest if size < 0 else min(size, rest)
+
+    async def readinto(self, buffer: Buffer) -> int:
+        """
+        Copy the next bytes into a buffer. A checkpoint.
+
+        :return: bytes copied: the buffer's size, fewer at the end
+        :raises OSError: as :meth:`read`
+        """
+        self._use()
+        target = _buffers.writable(buffer)
+        count = self._next_bytes(len(target))
+        start = self._cursor
+        await self._core.loop.checkpoint()
+        await self._core.read_into(self._offset + start, target[:count])
+        self._cursor = start + count
+        return count
+
+    async def readline(self, size: SupportsIndex | None = -1) -> bytes:
+        """
+        The next bytes up to and with a newline, or to the end. A checkpoint.
+
+        :param size: bytes at most; None or negative for no limit
+        :raises OSError: as :meth:`read`
+        """
+        self._use()
+        most = self._next_bytes(size)
+        start = self._cursor
+        parts: list[bytes] = []
+        count = 0
+        step = _LINE
+        await self._core.loop.checkpoint()
+        while count < most:
+            part = await self._core.read(self._offset + start + count, min(step, most - count))
+            end = part.find(b"\n") + 1
+            part = part[:end] if end else part
+            parts.append(part)
+            count += len(part)
+            if end:
+                break
+            step *= 2
+        self._cursor = start + count
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def __aiter__(self) -> Self:
+        """The lines from the cursor on."""
+        return self
+
+    async def __anext__(self) -> bytes:
+        line = await self.readline()
+        if not line:
+            raise StopAsyncIteration
+        return line
+
+    async def write(self, data: Buffer) -> int:
+        """
+        Store bytes at the cursor, all of them. A checkpoint. The view never grows.
+
+        :return: bytes stored
+        :raises PermissionError: the view is read-only
+        :raises ValueError: they do not fit; nothing was stored
+        :raises TruncatedError: the file does not reach the place any more
+        :raises OSError: ENOSPC for a hole without room, what the disk says otherwise
+        """
+        self._use()
+        self._check_writable()
+        source = _buffers.readable(data)
+        start = self._cursor
+        if len(source) > self._length - start:
+            raise ValueError(
+                f"{len(source)} bytes do not fit at {start} in a view of {self._length} bytes"
+            )
+        await self._core.loop.checkpoint()
+        await self._core.write(self._offset + start, source)
+        self._cursor = start + len(source)
+        return len(source)
+
+    # Shape
+
+    def _part(self, claim: Claim, offset: int, length: int) -> Self:
+        """A view of a part of this one, of the same kind, on a claim of its own."""
+        raise NotImplementedError
+
+    def _withdraw_buffer(self, what: str) -> None:
+        """:raises BufferError: slices or arrays made from it are alive; it stays"""
+        if not _buffers.release(self._buffer):
+            self._make_buffer()
+            raise BufferError(
+                f"cannot {what} while slices or arrays over the view's buffer are alive: release "
+                f"or delete them first"
+            )
+
+    def _make_buffer(self) -> None:
+        self._buffer = self._core.mapping.buffer(
+            self._offset, self._length, writable=self._writable
+        )
+
+    def split_at(self, n: SupportsIndex) -> tuple[Self, Self]:
+        """
+        Two views, of the first ``n`` bytes and of the rest; this one is closed.
+
+        Nobody else gets in between. Each half belongs to the first task that enters or uses
+        it, and has its cursor at 0. Not a checkpoint.
+
+        :param n: from 0 to the length; a half may be empty
+        :raises ValueError: ``n`` is outside; the view stays usable
+        :raises BufferError: buffers made from the view's are alive; the view stays usable
+        """
+        claim = self._use()
+        self._core.check_loop()
+        n, rest = check_range(n, None, self._length, "view")
+        self._withdraw_buffer("split the view")
+        self._claim = None
+        left, right = self._core.lock.split(claim, self._offset + n)
+        halves = self._part(left, self._offset, n), self._part(right, self._offset + n, rest)
+        self._core.views -= 1
+        return halves
+
+    def restrict(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        """
+        Keep a part of the region and give the rest back. Not a checkpoint.
+
+        The cursor stays on its byte, or moves to the end of the part that is nearer.
+
+        :param offset: where the part begins, in bytes from the start of the view
+        :raises ValueError: the part is not inside; the view stays as it was
+        :raises BufferError: buffers made from the view's are alive; the view stays as it was
+        """
+        claim = self._use()
+        self._core.check_loop()
+        offset, length = check_range(offset, length, self._length, "view")
+        self._withdraw_buffer("restrict the view")
+        self._offset += offset
+        self._length = length
+        self._cursor = min(max(self._cursor - offset, 0), length)
+        self._make_buffer()
+        self._core.lock.restrict(claim, self._offset, self._offset + length)
+
+    def downgrade(self) -> None:
+        """
+        Hold the region shared from now on, and let waiting readers in. Not a checkpoint.
+
+        The buffer becomes read-only. There is no way back but to close and ask again.
+
+        :raises BufferError: buffers made from the view's are alive; the view stays as it was
+        """
+        claim = self._use()
+        self._core.check_loop()
+        if self._writable:
+            self._withdraw_buffer("downgrade the view")
+            self._writable = False
+            self._make_buffer()
+        self._core.lock.downgrade(claim)
+
+    # The end
+
+    def _give_back(self) -> bool:
+        """Free the region; whether no derived buffer is left. Safe to call again."""
+        claim = self._claim
+        if claim is None:
+            return True
+        self._claim = None
+        clean = _buffers.release(self._buffer)
+        self._core.leave(claim)
+        return clean
+
+    async def aclose(self) -> None:
+        """
+        Give the region back. Safe to call again, and from any task of the event loop.
+
+        The region is free before anything is waited for. Not a checkpoint, unless this is the
+        last view of a map that is closed or was consumed by ``into_view()``: then it flushes
+        what was written, and unmaps.
+
+        :raises BufferError: slices or arrays over the buffer are alive (the region is free all
+            the same, and they stay valid memory without a lock)
+        :raises FlushError: the last flush failed
+        """
+        self._core.check_loop()
+        await self._close(failed=False)
+
+    async def _close(self, *, failed: bool) -> None:
+        clean = self._give_back()
+        core = self._core
+        if core.closed and not core.views:
+            await core.end(flush=core.flush_at_end and not failed)
+        if not clean and not failed:
+            raise BufferError(
+                f"slices or arrays over the buffer of {self!r} are alive: the region is free for "
+                f"others now; release or delete them before the view closes"
+            )
+
+    async def __aenter__(self) -> Self:
+        self._use()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close(failed=exc_type is not None)
+
+    def __del__(self) -> None:
+        try:
+            claim = self._claim
+        except AttributeError:  # __init__ did not get that far
+            return
+        if claim is not None:
+            self._claim = None
+            self._core.forget(claim)
+            warnings.warn(
+                f"{type(self).__name__} of bytes {self._offset} to "
+                f"{self._offset + self._length} was dropped without being closed",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+
+class MmapView(_View):
+    """
+    A task's hold on a region of a map: shared and read-only, or exclusive and writable.
+
+    Comes from :meth:`AsyncMmap.view <aiommap.AsyncMmap.view>` and its siblings, with the pages
+    of the region in memory::
+
+        async with m.view_mut(0, 4096) as v:
+            v[0:5] = b"hello"
+            await v.flush()
+
+    It belongs to the task that took it; the halves of :meth:`split_at` belong to the first
+    task that enters or uses them. The memory itself (:attr:`buffer`) is not guarded: who hands
+    it on has to see to that.
+    """
+
+    __slots__ = ("_owner",)
+
+    def __init__(
+        self, core: OpenMap, claim: Claim, offset: int, length: int, owner: object, writable: bool
+    ) -> None:
+        self._owner = owner
+        super().__init__(core, claim, offset, length, writable)
+
+    def _use(self) -> Claim:
+        claim = self._claim
+        if claim is None:
+            raise ClosedResourceError("the view is closed")
+        core = self._core
+        task = core.loop.current_task()
+        if task is not self._owner:
+            if self._owner is not None:
+                raise BusyResourceError("using")
+            core.check_loop()
+            self._owner = task
+            core.lock.adopt(claim)
+        return claim
+
+    def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
+        return MmapView(self._core, claim, offset, length, None, self._writable)
+
+
+class MmapViewSync(_View):
+    """
+    A hold on a region that several tasks and worker threads use together.
+
+    Comes from :meth:`AsyncMmap.into_view_sync <aiommap.AsyncMmap.into_view_sync>`. Its buffer,
+    items and slices are free to use in any thread; whatever is awaited belongs to the map's
+    event loop, and a thread calls it with :func:`anyio.from_thread.run`. Who touches which
+    bytes is up to its users: :meth:`split_at` gives each its own part.
+    """
+
+    __slots__ = ("_handles",)
+
+    def __init__(
+        self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
+    ) -> None:
+        self._handles = [1]  # how many handles the claim has, shared by them
+        super().__init__(core, claim, offset, length, writable)
+
+    def _use(self) -> Claim:
+        claim = self._claim
+        if claim is None:
+            raise ClosedResourceError("the view is closed")
+        return claim
+
+    def _part(self, claim: Claim, offset: int, length: int) -> MmapViewSync:
+        return MmapViewSync(self._core, claim, offset, length, self._writable)
+
+    def _check_alone(self, what: str) -> None:
+        self._use()
+        if self._handles[0] > 1:
+            raise BufferError(
+                f"cannot {what} while {self._handles[0] - 1} clones of it are open: close them first"
+            )
+
+    def clone(self) -> MmapViewSync:
+        """
+        Another handle on the same region; the region is free when the last one closes.
+
+        Each has its own buffer and cursor. Not a checkpoint.
+        """
+        claim = self._use()
+        self._core.check_loop()
+        clone = MmapViewSync(self._core, claim, self._offset, self._length, self._writable)
+        clone._handles = self._handles
+        self._handles[0] += 1
+        return clone
+
+    def split_at(self, n: SupportsIndex) -> tuple[Self, Self]:
+        self._check_alone("split the view")
+        return super().split_at(n)
+
+    def restrict(self, offset: SupportsIndex, length: SupportsIndex) -> None:
+        self._check_alone("restrict the view")
+        super().restrict(offset, length)
+
+    def downgrade(self) -> None:
+        self._check_alone("downgrade the view")
+        super().downgrade()
+
+    def _give_back(self) -> bool:
+        if self._claim is None:
+            return True
+        if self._handles[0] == 1:
+            return super()._give_back()
+        self._handles[0] -= 1
+        self._claim = None
+        self._core.views -= 1
+        return _buffers.release(self._buffer)
+
+    def __del__(self) -> None:
+        handles = getattr(self, "_handles", [0])
+        if handles[0] > 1 and self._claim is not None:
+            # The others keep the region.
+            handles[0] -= 1
+            self._core.views -= 1
+            self._claim = None
+        super().__del__()

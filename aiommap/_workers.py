@@ -1,0 +1,409 @@
+"""The only hop between the event loop and threads.
+
+Why not ``anyio.to_thread``: native asyncio cancellation gets through its shield, gives the
+limiter's token back while the thread still runs, and drops work that no thread has taken yet
+(a close among it, whose descriptor would leak). What touches raw addresses needs more, and two
+kinds of work need less than one thread hop per request:
+
+* :func:`run` is one call in a thread. However the caller is cancelled, it returns or raises
+  only when the thread has finished, and what the call made is given to ``discard``.
+* :class:`Crew` is a few threads that take all waiting requests at once (page-ins, copies,
+  flushes). A request that is abandoned goes on by itself; it owns what it touches.
+* :func:`start` is one call that nobody waits for and nobody can cancel.
+
+Threads are kept for a moment when idle, as trio's thread cache does, and belong to no loop.
+They are daemons: the interpreter's exit does not wait for a disk that does not answer.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar, TypeVarTuple
+
+import anyio
+from anyio import CapacityLimiter
+from anyio.lowlevel import RunVar, checkpoint_if_cancelled
+
+from ._event_loop import EventLoop, Parking, current_event_loop
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+DEFAULT_THREADS = 40
+"""Of one event loop, for all its maps: as many as anyio's own limiter has."""
+
+IDLE_SECONDS = 10.0
+"""How long a thread without work stays: as in trio's thread cache."""
+
+_default_limiter: RunVar[CapacityLimiter] = RunVar("aiommap_limiter")
+
+
+def default_limiter() -> CapacityLimiter:
+    """The limiter of the running event loop for calls that were given none."""
+    try:
+        return _default_limiter.get()
+    except LookupError:
+        limiter = CapacityLimiter(DEFAULT_THREADS)
+        _default_limiter.set(limiter)
+        return limiter
+
+
+class _Thread:
+    """A thread that does one piece of work after another, and ends when it gets none."""
+
+    def __init__(self) -> None:
+        self._work: Callable[[], object] | None = None
+        self._ready = threading.Lock()
+        self._ready.acquire()
+
+    def give(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self._ready.release()
+
+    def start(self) -> None:
+        threading.Thread(target=self._main, name="aiommap worker", daemon=True).start()
+
+    def _main(self) -> None:
+        while True:
+            if not self._ready.acquire(timeout=IDLE_SECONDS):
+                with suppress(ValueError):
+                    _idle.remove(self)
+                    return
+                # Not idle any more: work is on its way, wait for it.
+                self._ready.acquire()
+            work, self._work = self._work, None
+            assert work is not None
+            work()
+            # What the work refers to (a map, a descriptor) goes now, not with the next piece.
+            del work
+            _idle.append(self)
+
+
+# deque's append, pop and remove are atomic, and that is all the locking there is.
+_idle: deque[_Thread] = deque()
+
+
+def start(work: Callable[[], object]) -> None:
+    """
+    Run ``work`` in a thread soon; nobody can cancel it. It must not raise.
+
+    :raises RuntimeError: when the system gives no more threads
+    """
+    try:
+        thread = _idle.pop()
+    except IndexError:
+        thread = _Thread()
+        thread.start()
+    thread.give(work)
+
+
+# A forked child has none of the parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)
+
+
+class _Work:
+    """What a thread does, and the one task that may wait for it."""
+
+    __slots__ = ("done", "error", "parking")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.error: BaseException | None = None
+        self.parking: Parking | None = None
+
+    def deliver(self) -> None:
+        """Tell the task; on the loop."""
+        self.done = True
+        if self.parking is not None:
+            self.parking.wake()
+
+    async def drain(self, loop: EventLoop) -> BaseException | None:
+        """Wait until it is done, whatever happens to the task meanwhile; gives what happened."""
+        interrupt: BaseException | None = None
+        with anyio.CancelScope(shield=True):
+            while not self.done:
+                self.parking = loop.parking()
+                try:
+                    await self.parking.park()
+                except BaseException as exc:
+                    # Native cancellation ignores the shield, and may come more than once;
+                    # KeyboardInterrupt comes on trio.
+                    interrupt = exc
+        return interrupt
+
+    def take_error(self) -> BaseException | None:
+        """The error, and forget it: a cycle through its traceback would keep buffers alive."""
+        error, self.error = self.error, None
+        return error
+
+
+class _Job(_Work, Generic[T]):
+    """One call in a thread."""
+
+    __slots__ = ("_call", "_loop", "result")
+
+    def __init__(self, loop: EventLoop, call: Callable[[], T]) -> None:
+        super().__init__()
+        self._loop = loop
+        self._call: Callable[[], T] | None = call
+        self.result: T | None = None
+
+    def __call__(self) -> None:
+        call, self._call = self._call, None
+        assert call is not None
+        try:
+            self.result = call()
+        except BaseException as exc:
+            self.error = exc
+        del call
+        self._loop.post(self.deliver)
+
+
+async def run(
+    call: Callable[[], T],
+    *,
+    limiter: CapacityLimiter | None = None,
+    discard: Callable[[T], object] | None = None,
+) -> T:
+    """
+    Run ``call`` in a worker thread. Always a checkpoint.
+
+    When the caller is cancelled, in whatever way, the cancellation is raised only after the
+    thread has finished; a result that nobody will see is given to ``discard``, in a thread.
+
+    :param limiter: how many threads may be at work at once; None is this loop's default
+    :raises BaseException: whatever ``call`` raises
+    """
+    loop = current_event_loop()
+    limiter = limiter or default_limiter()
+    job = _Job(loop, call)
+    await checkpoint_if_cancelled()
+    try:
+        limiter.acquire_on_behalf_of_nowait(job)
+    except anyio.WouldBlock:
+        await limiter.acquire_on_behalf_of(job)
+    try:
+        parking = job.parking = loop.parking()
+        start(job)
+        try:
+            await parking.park()
+        except BaseException:
+            await job.drain(loop)
+            if job.error is None and discard is not None:
+                result, job.result = job.result, None
+                start(lambda: discard(result))  # type: ignore[arg-type]
+            raise
+    finally:
+        limiter.release_on_behalf_of(job)
+    error = job.take_error()
+    if error is not None:
+        raise error
+    return job.result  # type: ignore[return-value]
+
+
+async def finish(call: Callable[[], object]) -> None:
+    """
+    Run ``call`` in a worker thread and wait for it; for what must happen.
+
+    It starts before the first await, takes no token of a limiter, and nobody can cancel it: a
+    cancellation of the caller is raised when it has finished. ``call`` must not raise.
+    """
+    loop = current_event_loop()
+    job = _Job(loop, call)
+    try:
+        start(job)
+    except RuntimeError:  # no more threads: better late on the loop than never
+        call()
+        return
+    interrupt = await job.drain(loop)
+    if interrupt is not None:
+        raise interrupt
+
+
+class Request(_Work):
+    """
+    Something a :class:`Crew` does for a task.
+
+    A subclass says what in :meth:`perform`, in a worker. It owns what it touches, or its task
+    asks :meth:`Crew.do` to stay until it is done.
+    """
+
+    __slots__ = ("_abandoned", "_taken")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken = False
+        self._abandoned = False
+
+    def announce(self) -> None:
+        """Start what will be needed, without waiting. All requests of a batch do so first."""
+
+    def perform(self) -> None:
+        """Do it, in a worker. What it raises reaches the task."""
+        raise NotImplementedError
+
+
+R = TypeVar("R", bound=Request)
+
+
+class Crew(Generic[R]):
+    """
+    A few threads that take the waiting requests of many tasks in batches.
+
+    One hop serves a whole batch, so that the cost of a hop is shared, all reads of a batch are
+    under way before the first is waited for, and one device flush serves all who asked before
+    it began. At most ``threads`` batches are worked on at once; each holds one token of the
+    limiter. Where the limiter has none left, the tasks whose requests wait ask it in turn.
+
+    :param perform: does a batch, in a worker, and must not raise; it sets ``error`` of the
+        requests that failed
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        limiter: CapacityLimiter,
+        *,
+        threads: int,
+        batch: int,
+        perform: Callable[[Sequence[R]], None] | None = None,
+    ) -> None:
+        self._loop = loop
+        self._limiter = limiter
+        self._threads = threads
+        self._batch = batch
+        self._perform = perform or _perform_each
+        self._waiting: deque[R] = deque()
+        # Between the loop and the threads: who takes the last request, and whether a request
+        # was taken before it was abandoned. Held for a few instructions, never in a wait.
+        self._lock = threading.Lock()
+        self._active = 0
+        self._starved = False
+        self._begging = False
+
+    def submit(self, request: R) -> None:
+        """
+        Have it done, whether or not anybody waits for it.
+
+        Where the limiter has no token it is done with the next request that a task waits for.
+        """
+        with self._lock:
+            self._waiting.append(request)
+            wanted = self._active < self._threads
+        if wanted:
+            self._hire()
+
+    async def do(self, request: R, *, stay: bool = False) -> None:
+        """Have it done and wait: :meth:`submit`, then :meth:`wait`."""
+        request.parking = self._loop.parking()
+        self.submit(request)
+        await self.wait(request, stay=stay)
+
+    async def wait(self, request: R, *, stay: bool = False) -> None:
+        """
+        Wait for a request that was submitted. A checkpoint, unless it is done.
+
+        Cancelled, a request that no thread has taken is dropped; one that is under way goes
+        on by itself, and the caller leaves at once or, with ``stay``, when it has finished.
+
+        :param stay: the request uses what belongs to the caller
+        :raises BaseException: what the request's ``perform`` raised
+        """
+        try:
+            while not request.done:
+                parking = request.parking = request.parking or self._loop.parking()
+                if self._starved and not self._begging:
+                    await self._beg()
+                else:
+                    await parking.park()
+                    request.parking = None
+        except BaseException:
+            self.abandon(request)
+            if stay and request._taken:
+                await request.drain(self._loop)
+            raise
+        error = request.take_error()
+        if error is not None:
+            raise error
+
+    def abandon(self, request: R) -> None:
+        """Nobody wants it any more: drop it unless a thread has taken it."""
+        request.parking = None
+        with self._lock:
+            request._abandoned = not request._taken
+
+    def _hire(self) -> None:
+        token = object()
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(token)
+        except anyio.WouldBlock:
+            # A thread of ours that is at work will come round; else somebody has to ask.
+            self._starved = self._active == 0
+            return
+        self._employ(token)
+
+    async def _beg(self) -> None:
+        token = object()
+        self._begging = True
+        try:
+            await self._limiter.acquire_on_behalf_of(token)
+        except BaseException:
+            self._begging = False
+            for request in self._waiting:  # the next one asks in our place
+                if request.parking is not None and not request._abandoned:
+                    request.parking.wake()
+                    break
+            raise
+        self._begging = False
+        self._employ(token)
+
+    def _employ(self, token: object) -> None:
+        self._starved = False
+        with self._lock:
+            self._active += 1
+        try:
+            start(lambda: self._work(token))
+        except BaseException:
+            with self._lock:
+                self._active -= 1
+            self._limiter.release_on_behalf_of(token)
+            raise
+
+    def _work(self, token: object) -> None:
+        while requests := self._take():
+            self._perform(requests)
+            self._loop.post(self._deliver, requests)
+        self._loop.post(self._limiter.release_on_behalf_of, token)
+
+    def _take(self) -> list[R]:
+        requests: list[R] = []
+        with self._lock:
+            while self._waiting and len(requests) < self._batch:
+                request = self._waiting.popleft()
+                if not request._abandoned:
+                    request._taken = True
+                    requests.append(request)
+            if not requests:
+                self._active -= 1
+        return requests
+
+    @staticmethod
+    def _deliver(requests: Sequence[R]) -> None:
+        for request in requests:
+            request.deliver()
+
+
+def _perform_each(requests: Sequence[Request]) -> None:
+    if len(requests) > 1:
+        for request in requests:
+            request.announce()
+    for request in requests:
+        try:
+            request.perform()
+        except BaseException as exc:
+            request.error = exc

@@ -1,0 +1,37 @@
+"""The event loops that every async test runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import pytest
+
+pytest_plugins = ["tests.rigs.plugin"]
+
+
+def eager_loop() -> asyncio.AbstractEventLoop:
+    """An asyncio loop whose tasks start running inside ``create_task`` (3.12 and later)."""
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]
+    return loop
+
+
+BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {"asyncio": ("asyncio", {})}
+if sys.version_info >= (3, 12):
+    BACKENDS["eager"] = ("asyncio", {"loop_factory": eager_loop})
+if sys.platform != "win32":
+    BACKENDS["uvloop"] = ("asyncio", {"use_uvloop": True})
+BACKENDS["trio"] = ("trio", {})
+
+
+@pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def backend_name(anyio_backend: tuple[str, dict[str, Any]]) -> str:
+    """``asyncio`` or ``trio``."""
+    return anyio_backend[0]
