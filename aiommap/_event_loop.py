@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class EventLoop(Protocol):
         """Whether the caller runs inside this loop, in its thread."""
 
     def current_task(self) -> object:
-        """The running task. :raises RuntimeError: outside a task of this loop"""
+        """The running task; None in a callback. :raises RuntimeError: where no loop runs"""
 
     def parking(self) -> Parking:
         """A new wait for the current task."""
@@ -55,7 +56,7 @@ class EventLoop(Protocol):
     def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
         """Have the loop call ``callback`` soon, from any thread; False if the loop is over."""
 
-    async def checkpoint(self) -> None:
+    def checkpoint(self) -> Awaitable[None]:
         """Let others run, and be cancelled."""
 
 
@@ -77,24 +78,26 @@ class _AsyncioParking:
         await self._future
 
 
+@types.coroutine
+def _bare_yield() -> Generator[None, None, None]:
+    """What ``asyncio.sleep(0)`` comes down to."""
+    yield
+
+
 class AsyncioLoop:
     """asyncio, with any loop (uvloop) and any task factory (eager tasks)."""
 
-    __slots__ = ("_loop",)
+    __slots__ = ("_loop", "checkpoint", "current_task")
     name = "asyncio"
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        # Bound once: they are on the path of every access.
+        self.checkpoint = _bare_yield
+        self.current_task = asyncio.current_task
 
     def is_running_here(self) -> bool:
         return asyncio._get_running_loop() is self._loop
-
-    def current_task(self) -> object:
-        # asyncio.current_task() raises RuntimeError by itself where no loop runs.
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("not in a task: call this from a coroutine that a task runs")
-        return task
 
     def parking(self) -> Parking:
         return _AsyncioParking(self._loop)
@@ -105,9 +108,6 @@ class AsyncioLoop:
         except RuntimeError:  # the loop is closed
             return False
         return True
-
-    async def checkpoint(self) -> None:
-        await asyncio.sleep(0)
 
 
 class _TrioParking:

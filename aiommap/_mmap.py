@@ -21,7 +21,7 @@ from ._pins import Pins
 from ._ranges import LARGEST_OFFSET, as_int, check_length, check_range, pieces
 from ._searching import find
 from ._typing import Buffer
-from ._view import MmapView, MmapViewSync
+from ._view import MmapView, MmapViewSync, ViewOpening
 from ._wait_graph import Claim
 from ._window_stream import Windows
 
@@ -379,7 +379,7 @@ class AsyncMmap:
 
     def view(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, load: bool = True
-    ) -> Opening[MmapView]:
+    ) -> ViewOpening:
         """
         A view of a region, held shared: other readers may hold it too, writers wait.
 
@@ -397,7 +397,7 @@ class AsyncMmap:
 
     def view_mut(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, load: bool = True
-    ) -> Opening[MmapView]:
+    ) -> ViewOpening:
         """
         A view of a region, held exclusively, with a writable buffer. See :meth:`view`.
 
@@ -413,11 +413,11 @@ class AsyncMmap:
 
     def _view(
         self, offset: SupportsIndex, length: SupportsIndex | None, exclusive: bool, load: bool
-    ) -> Opening[MmapView]:
+    ) -> ViewOpening:
         core = self._core
         core.check()
         offset, length = check_range(offset, length, core.mapping.length)
-        return Opening(partial(_open_view, core, offset, length, exclusive, load))
+        return ViewOpening(core, offset, length, exclusive, load)
 
     def view_nowait(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -482,7 +482,8 @@ class AsyncMmap:
         offset, length = check_range(offset, length, core.mapping.length)
         await core.loop.checkpoint()
         if core.lock.check_free(offset, offset + length, False):
-            core.check()
+            if core.closed:
+                core.check()  # raises
             data = core.read_nowait(offset, length)
             if data is not None:
                 return data
@@ -881,22 +882,6 @@ class AsyncMmap:
 
 _RESIDENT_PIECE = 1 << 30
 """Bytes whose residency is asked for at once: 262 144 pages, a vector of 256 KiB."""
-
-
-async def _open_view(
-    core: OpenMap, offset: int, length: int, exclusive: bool, load: bool
-) -> MmapView:
-    claim = await core.lock.acquire(offset, offset + length, exclusive)
-    try:
-        if load and not core.is_ready_nowait(offset, length, write=exclusive):
-            await core.make_ready(offset, length, write=exclusive)
-        core.still_inside(offset, length)
-        if exclusive:
-            core.check_writable()
-        return MmapView(core, claim, offset, length, claim.owner, exclusive)
-    except BaseException:
-        core.lock.release(claim)
-        raise
 
 
 async def _take_all(core: OpenMap) -> tuple[Claim, int, bool]:

@@ -126,7 +126,8 @@ class OpenMap:
         """
         if self.closed:
             raise ClosedResourceError("the map is closed")
-        self.check_loop()
+        if not self.loop.is_running_here():
+            self.check_loop()  # raises
 
     def check_writable(self) -> None:
         """:raises PermissionError: stores are not allowed"""
@@ -155,7 +156,10 @@ class OpenMap:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes, if few and in memory."""
-        data = self.still_inside(offset, length).read_nowait(offset, length)
+        mapping = self._mapping
+        if mapping is None or length > mapping.length - offset:
+            mapping = self.still_inside(offset, length)  # raises
+        data = mapping.read_nowait(offset, length)
         if data is not None:
             self.loads_inline += 1
         return data
@@ -199,7 +203,9 @@ class OpenMap:
 
     def is_ready_nowait(self, offset: int, length: int, *, write: bool) -> bool:
         """Whether the range can be touched, and stored to if ``write``, without a wait."""
-        mapping = self.still_inside(offset, length)
+        mapping = self._mapping
+        if mapping is None or length > mapping.length - offset:
+            mapping = self.still_inside(offset, length)  # raises
         if length == 0:
             return True
         if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length):

@@ -10,12 +10,12 @@ from typing import Any, Generic, Protocol, TypeVar
 class Closable(Protocol):
     """What an opening gives: something that ``async with`` can leave."""
 
-    async def __aexit__(
+    def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc_value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None: ...
+    ) -> Coroutine[Any, Any, bool | None]: ...
 
 
 C = TypeVar("C", bound=Closable)
@@ -47,10 +47,10 @@ class Opening(Generic[C]):
         self._value = await self._begin()
         return self._value
 
-    async def __aexit__(
+    def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc_value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
-        return await self._value.__aexit__(exc_type, exc_value, traceback)
+    ) -> Coroutine[Any, Any, bool | None]:
+        return self._value.__aexit__(exc_type, exc_value, traceback)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import Self, SupportsIndex, overload
+from typing import Any, Self, SupportsIndex, overload
 
 from anyio import BusyResourceError, ClosedResourceError
 
@@ -429,10 +430,9 @@ class _View:
         :raises FlushError: the last flush failed
         """
         self._core.check_loop()
-        await self._close(failed=False)
+        await self._finish(self._give_back(), failed=False)
 
-    async def _close(self, *, failed: bool) -> None:
-        clean = self._give_back()
+    async def _finish(self, clean: bool, *, failed: bool) -> None:
         core = self._core
         if core.closed and not core.views:
             await core.end(flush=core.flush_at_end and not failed)
@@ -452,7 +452,9 @@ class _View:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._close(failed=exc_type is not None)
+        clean = self._give_back()
+        if not clean or self._core.closed:
+            await self._finish(clean, failed=exc_type is not None)
 
     def __del__(self) -> None:
         try:
@@ -511,6 +513,62 @@ class MmapView(_View):
 
     def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
         return MmapView(self._core, claim, offset, length, None, self._writable)
+
+
+class ViewOpening:
+    """
+    A view that will be taken when this is awaited or entered, once.
+
+    An :class:`~aiommap._opening.Opening`, written out: taking a view is the most frequent
+    thing that a program does with a map, and every coroutine on the way costs.
+    """
+
+    __slots__ = ("_core", "_exclusive", "_length", "_load", "_offset", "_view")
+
+    def __init__(
+        self, core: OpenMap, offset: int, length: int, exclusive: bool, load: bool
+    ) -> None:
+        self._core: OpenMap | None = core
+        self._offset = offset
+        self._length = length
+        self._exclusive = exclusive
+        self._load = load
+
+    async def __aenter__(self) -> MmapView:
+        core, self._core = self._core, None
+        if core is None:
+            raise RuntimeError("already awaited or entered: call again for another one")
+        lock = core.lock
+        offset = self._offset
+        length = self._length
+        exclusive = self._exclusive
+        claim = Claim(offset, offset + length, exclusive, lock.check_entry())
+        if not lock.queue.add_if_free(claim):
+            await lock.wait_for((claim,))
+        try:
+            if claim.links is None:
+                await core.loop.checkpoint()
+            if self._load and not core.is_ready_nowait(offset, length, write=exclusive):
+                await core.make_ready(offset, length, write=exclusive)
+                core.still_inside(offset, length)
+            if exclusive:
+                core.check_writable()
+            self._view = MmapView(core, claim, offset, length, claim.owner, exclusive)
+        except BaseException:
+            lock.release(claim)
+            raise
+        return self._view
+
+    def __await__(self) -> Generator[Any, Any, MmapView]:
+        return self.__aenter__().__await__()
+
+    def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> Coroutine[Any, Any, None]:
+        return self._view.__aexit__(exc_type, exc_value, traceback)
 
 
 class MmapViewSync(_View):

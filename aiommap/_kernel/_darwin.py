@@ -16,8 +16,6 @@ place on ARM, and it releases the GIL.
   holes.
 """
 
-# The platform check stands before the imports, so that mypy skips the file elsewhere.
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

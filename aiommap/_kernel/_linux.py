@@ -3,8 +3,6 @@
 ``ctypes.CDLL`` releases the GIL around a call, and with ``use_errno`` keeps errno per thread.
 """
 
-# The platform check stands before the imports, so that mypy skips the file elsewhere.
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -19,6 +17,7 @@ import os
 import resource
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
@@ -80,7 +79,7 @@ _MAP_HUGETLB = 0x40000
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3
 _F_OFD_GETLK = 36
 _AGAIN_TRIES = 10  # of a madvise that says EAGAIN, before it is believed; out of the air
-_COPY_MOST = 0x7FFFF000  # a single read or write call moves no more (MAX_RW_COUNT)
+_COPY_MOST = 0x7FFFFFFF // page_size * page_size  # MAX_RW_COUNT: no call moves more at once
 _SYS_CACHESTAT = 451  # the same number on every architecture
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
 
@@ -413,9 +412,12 @@ def capabilities(path: str | bytes | None) -> Capabilities:
         address = address_of(memory)
         populate = _works(populate_read, address, page_size)
         mincore = _works(resident, address, page_size)
-    if path is None:
-        with tempfile.TemporaryFile() as file:
+    if path is None or os.path.isdir(path):
+        # A directory cannot be read, so a file of our own in it is asked.
+        with suppress(PermissionError), tempfile.TemporaryFile(dir=path) as file:
             return _file_capabilities(file.fileno(), populate, mincore)
+    if path is None:
+        path = os.curdir
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return _file_capabilities(fd, populate, mincore)
@@ -436,13 +438,17 @@ def _file_capabilities(fd: int, populate: bool, mincore: bool) -> Capabilities:
         nowait_reads=nowait,
         cachestat=_works(cached_pages, fd, 0, page_size),
         mincore=mincore,
-        write_back_start=_works(start_write_back, fd, 0, 0, 1),
+        write_back_start=_can_start_write_back(fd),
         full_sync=not file_is_in_memory(fd),
         huge_pages=_has_huge_pages(),
         ofd_locks=_has_ofd_locks(fd),
         reserve=_can_reserve(fd),
         page_size=page_size,
     )
+
+
+def _can_start_write_back(fd: int) -> bool:
+    return _sync_file_range is not None and _sync_file_range(fd, 0, 1, _SYNC_FILE_RANGE_WRITE) == 0
 
 
 def _has_huge_pages() -> bool:

@@ -12,8 +12,6 @@ Used as it is by systems without a file of their own; :mod:`._darwin` takes from
 does the same way. It also works on Linux, where the conformance tests run it.
 """
 
-# The platform check stands before the imports, so that mypy skips the file elsewhere.
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -17,8 +17,6 @@
 thread.
 """
 
-# The platform check stands before the imports, so that mypy skips the file elsewhere.
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -35,7 +35,6 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
 
@@ -138,7 +137,8 @@ def _unmap_pages_here(status: os.stat_result) -> None:
 
     Only shared maps: they lose nothing by it, whereas private ones would lose what they changed.
     """
-    # Compared by mapped file and not by device: btrfs shows another device number in the maps.
+    # By inode alone, because btrfs shows another device number in the maps than in stat. Another
+    # file that happens to have the same number takes a few faults more, and no harm.
     entry = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ..(.)(.) [0-9a-f]+ \S+ (\d+) +(/.*)")
     for line in Path("/proc/self/maps").read_text().splitlines():
         match = entry.fullmatch(line)

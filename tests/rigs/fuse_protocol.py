@@ -1,10 +1,10 @@
 """The part of the FUSE kernel protocol that serving one file takes (linux/fuse.h).
 
-The rigs speak to ``/dev/fuse`` themselves instead of through libfuse: one thread with a timer queue
-then has any number of requests in flight (libfuse needs a thread for each), pages that are mapped
-right now can be evicted (``FUSE_NOTIFY_INVAL_INODE``, which the Python binding does not offer),
-read-ahead and the write-back cache are the test's choice, and nothing has to be installed. A request
-costs 60 us of processor time, so that a 20 ms disk under 64 readers serves 3 000 pages a second.
+The rigs speak to ``/dev/fuse`` themselves instead of through libfuse: one thread with a timer
+queue then has any number of requests in flight (libfuse needs a thread for each), pages that are
+mapped right now can be evicted (``FUSE_NOTIFY_INVAL_INODE``, which the Python binding does not
+offer), read-ahead and the write-back cache are the test's choice, and nothing has to be installed.
+A request costs 60 us of processor time: a 20 ms disk under 64 readers serves 3 000 pages a second.
 """
 
 from __future__ import annotations
