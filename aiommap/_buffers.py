@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 
 from ._typing import Buffer
 
@@ -36,18 +37,24 @@ def writable(buffer: Buffer, name: str = "buffer") -> memoryview:
     return readable(view, name)
 
 
-def release(view: memoryview) -> bool:
+def release(*views: memoryview) -> list[object]:
     """
-    Release a buffer of ours. Whether the memory is free of buffers derived from it.
+    Release buffers of ours. What still refers to the memory, for :func:`alive`: nothing, once
+    all buffers derived from them have gone.
 
     Releasing a memoryview does not revoke slices, casts and arrays made from it, and says
     nothing about them. CPython's memoryviews of one origin share an object that lets go of the
     memory with the last of them, and that the garbage collector can see: it still refers to
     the exporter while one is alive.
     """
-    origin = gc.get_referents(view)
-    try:
-        view.release()
-    except BufferError:
-        return False
-    return not any(gc.get_referents(each) for each in origin)
+    origins = gc.get_referents(*views)
+    for view in views:
+        # Refused while arrays are made of it: then its origin is alive.
+        with suppress(BufferError):
+            view.release()
+    return alive(origins)
+
+
+def alive(origins: list[object]) -> list[object]:
+    """Those of :func:`release` that still refer to the memory."""
+    return [origin for origin in origins if gc.get_referents(origin)]

@@ -109,7 +109,7 @@ class Mapping:
         self._address = address_of(memory) + delta
         # What reads that must not wait read into: one byte, and as much as the last read took.
         self._probe = [memoryview(bytearray(1))]
-        self._scratch = [memoryview(b"")]
+        self._scratch = [memoryview(bytearray(0))]
         # Found out by trying, then remembered: whether reads can be refused instead of wait,
         # and whether pages can be populated.
         self._nowait = file is not None and not self.private and not file.in_memory
@@ -144,6 +144,9 @@ class Mapping:
 
     def buffer(self, offset: int, length: int, *, writable: bool) -> memoryview:
         """The memory itself. Whoever holds it, or a slice of it, keeps the map mapped."""
+        if length == 0:
+            # Nothing of the map, which may be resized and closed in spite of it.
+            return memoryview(bytearray() if writable else b"")
         start = self._delta + offset
         view = memoryview(self._map)[start : start + length]
         return view if writable or view.readonly else view.toreadonly()

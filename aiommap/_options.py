@@ -95,7 +95,7 @@ class Advice(enum.Enum):
             raise ValueError(f"advice {value!r} is not known; use one of {known}") from None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MmapOptions:
     """
     How anonymous memory is made.

@@ -27,6 +27,7 @@ greatest length kept beside it (one wide range makes every search a scan); a bal
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 FAN_BITS = 6
@@ -59,10 +60,17 @@ class _SizeClass(Generic[Piece]):
         self.levels: list[dict[int, dict[int, None]]] = []
 
     def put(self, number: int, piece: Piece) -> None:
-        there = self.buckets.get(number)
+        buckets = self.buckets
+        there = buckets.get(number)
         if there is None:
-            self.buckets[number] = piece
-            if self.levels or len(self.buckets) > FAN:
+            buckets[number] = piece
+            if self.levels:
+                siblings = self.levels[0].get(number >> FAN_BITS)
+                if siblings is None:
+                    self._note(number)
+                else:
+                    siblings[number] = None
+            elif len(buckets) > FAN:
                 self._note(number)
             return
         if not isinstance(there, dict):
@@ -82,7 +90,11 @@ class _SizeClass(Generic[Piece]):
                 return
         del self.buckets[number]
         if self.levels:
-            self._forget(number)
+            siblings = self.levels[0][number >> FAN_BITS]
+            if len(siblings) > 1:
+                del siblings[number]
+            else:
+                self._forget(number)
 
     def _note(self, number: int) -> None:
         for level in self.levels:
@@ -153,13 +165,33 @@ class RangeIndex(Generic[Piece]):
         if size is None:
             size = self._spare.pop(exponent, None) or _SizeClass()
             self.classes[exponent] = size
-        number = start >> exponent
-        if number in size.buckets or size.levels or len(size.buckets) >= FAN:
-            size.put(number, piece)
-        else:
-            size.buckets[number] = piece
-        if last >> exponent != number:
-            size.put(number + 1, piece)
+        size.put(start >> exponent, piece)
+        if last >> exponent != start >> exponent:
+            size.put(last >> exponent, piece)
+
+    def add_if_free(self, piece: Piece) -> bool:
+        """Insert the piece unless it overlaps another one; whether it was inserted."""
+        classes = self.classes
+        if classes:
+            # The hot path, where all pieces are of one size and one bucket: no search at all,
+            # as whatever overlaps the bucket is in it.
+            start = piece.start
+            last = piece.stop - 1
+            exponent = (last - start).bit_length()
+            number = start >> exponent
+            size = classes.get(exponent)
+            if (
+                size is not None
+                and len(classes) == 1
+                and last >> exponent == number
+                and number not in size.buckets
+            ):
+                size.put(number, piece)
+                return True
+            if self.overlaps(start, piece.stop):
+                return False
+        self.add(piece)
+        return True
 
     def remove(self, piece: Piece) -> None:
         """Take out a piece that is there."""
@@ -167,13 +199,9 @@ class RangeIndex(Generic[Piece]):
         last = piece.stop - 1
         exponent = (last - start).bit_length()
         size = self.classes[exponent]
-        number = start >> exponent
-        if size.levels or size.buckets[number] is not piece:
-            size.take(number, piece)
-        else:
-            del size.buckets[number]
-        if last >> exponent != number:
-            size.take(number + 1, piece)
+        size.take(start >> exponent, piece)
+        if last >> exponent != start >> exponent:
+            size.take(last >> exponent, piece)
         if not size.buckets:
             self._spare[exponent] = self.classes.pop(exponent)
 
@@ -260,3 +288,13 @@ class RangeIndex(Generic[Piece]):
                     for number, children in level.items()
                 )
                 below = set(level)
+
+
+def finder(pieces: Sequence[Piece]) -> Callable[[int, int], list[Piece]]:
+    """A search for those of a few or many pieces that overlap a range."""
+    if len(pieces) > 8:  # out of the air; an index costs a few microseconds to build
+        index: RangeIndex[Piece] = RangeIndex()
+        for piece in pieces:
+            index.add(piece)
+        return index.overlapping
+    return lambda start, stop: [p for p in pieces if p.start < stop and start < p.stop]

@@ -12,7 +12,7 @@ def clip(ranges: Iterable[Range], start: int, stop: int) -> list[Range]:
     return [
         (max(start, low), min(stop, high))
         for low, high in ranges
-        if low < stop and start < high and low < high
+        if max(start, low) < min(stop, high)
     ]
 
 

@@ -55,10 +55,11 @@ other).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ._errors import DeadlockError
-from ._range_index import RangeIndex
+from ._frontier import Frontier, Piece
+from ._range_index import finder
 from ._range_sets import Range, clip, outside, union
 from ._wait_graph import (
     GONE,
@@ -66,17 +67,14 @@ from ._wait_graph import (
     WAITING,
     Claim,
     Cut,
-    Links,
     WaitGraph,
-    name_of,
-    spell,
+    closure,
     spell_cycle,
+    spell_own,
 )
 
-Piece = Claim | Cut
 
-
-class RegionQueue:
+class RegionQueue(Frontier):
     """
     The requests for ranges of one lock, held and waiting.
 
@@ -92,9 +90,7 @@ class RegionQueue:
 
     __slots__ = (
         "_closing",
-        "_exclusive",
         "_graph",
-        "_shared",
         "_tickets",
         "_waiting",
         "held_exclusive",
@@ -103,8 +99,7 @@ class RegionQueue:
     )
 
     def __init__(self, graph: WaitGraph | None = None) -> None:
-        self._exclusive: RangeIndex[Piece] = RangeIndex()
-        self._shared: RangeIndex[Piece] = RangeIndex()
+        super().__init__()
         self._graph = WaitGraph() if graph is None else graph
         self._waiting: dict[Claim, None] = {}
         self._tickets = 0
@@ -120,18 +115,6 @@ class RegionQueue:
 
     # Adding
 
-    def is_free(self, start: int, stop: int, exclusive: bool) -> bool:
-        """
-        Whether a request would meet no conflicting range, held or waiting. O(log n).
-
-        False does not say that it would wait: a further shared request of a task that holds
-        the bytes shared would not. :meth:`would_grant` knows.
-        """
-        return start >= stop or not (
-            (self._exclusive.classes and self._exclusive.overlaps(start, stop))
-            or (exclusive and self._shared.classes and self._shared.overlaps(start, stop))
-        )
-
     def add_if_free(self, claim: Claim) -> bool:
         """
         Grant a request of one range if it meets no conflict; else leave everything as it was.
@@ -144,9 +127,8 @@ class RegionQueue:
             if start < stop:
                 if self._shared.classes and self._shared.overlaps(start, stop):
                     return False
-                if self._exclusive.classes and self._exclusive.overlaps(start, stop):
+                if not self._exclusive.add_if_free(claim):
                     return False
-                self._exclusive.add(claim)
             self.held_exclusive += 1
         else:
             if start < stop:
@@ -176,6 +158,9 @@ class RegionQueue:
             for claim in parts:
                 self._links(claim).parts = tuple(parts)
         for claim, (pieces, own) in zip(parts, plan, strict=True):
+            if claim.exclusive and claim is not parts[0]:
+                # A part placed before it may have cut one of these pieces.
+                pieces = self._in_the_way(claim)
             self._place(claim, pieces, own)
         if not blockers:
             for claim in parts:
@@ -200,15 +185,6 @@ class RegionQueue:
         plan = [self._plan(claim) for claim in parts]  # all of them, for the DeadlockError
         return not any(pieces for pieces, _ in plan)
 
-    def _in_the_way(self, claim: Claim) -> list[Piece]:
-        """What the claim conflicts with on the frontier."""
-        if claim.start >= claim.stop:
-            return []
-        pieces = self._exclusive.overlapping(claim.start, claim.stop)
-        if claim.exclusive:
-            pieces += self._shared.overlapping(claim.start, claim.stop)
-        return pieces
-
     def _plan(self, claim: Claim) -> tuple[list[Piece], list[Claim]]:
         """What the claim has to wait for, and its owner's shared holds it goes beside."""
         pieces = self._in_the_way(claim)
@@ -217,13 +193,13 @@ class RegionQueue:
         for piece in pieces:
             hold = piece.claim
             if hold.owner is claim.owner and hold.state == HELD:
-                raise DeadlockError(_spell_own(claim, hold))
+                raise DeadlockError(spell_own(claim, hold))
         # A hold that is not on the frontier is hidden by someone who waits for it.
         own = []
         for hold in self._graph.wanted_holds(claim.owner):
             if self._links(hold).queue is self and overlap(hold, claim):
                 if hold.exclusive or claim.exclusive:
-                    raise DeadlockError(_spell_own(claim, hold))
+                    raise DeadlockError(spell_own(claim, hold))
                 own.append(hold)
         if own:
             others = outside(claim.start, claim.stop, [(hold.start, hold.stop) for hold in own])
@@ -240,7 +216,7 @@ class RegionQueue:
             return
         if claim.exclusive:
             for piece in pieces:
-                self._hide(piece, claim)
+                self._link(claim, piece.claim).append(self._hide(piece, claim))
             self._exclusive.add(claim)
             return
         if own:
@@ -279,12 +255,14 @@ class RegionQueue:
         :return: the requests that are granted thereby
         """
         if lead.links is None:  # nobody waits: the hot path
-            if lead.start < lead.stop:
-                if lead.exclusive:
+            if lead.exclusive:
+                self.held_exclusive -= 1
+                if lead.start < lead.stop:
                     self._exclusive.remove(lead)
-                else:
+            else:
+                self.held_shared -= 1
+                if lead.start < lead.stop:
                     self._shared.remove(lead)
-            self._count(lead, -1)
             lead.state = GONE
             return ()
         parts = lead.parts
@@ -333,7 +311,7 @@ class RegionQueue:
     ) -> None:
         """Hand what a cancelled exclusive claim hid to whoever covers these bytes now."""
         cuts = [Cut(*part, claim) for claim, parts in hidden.items() for part in parts]
-        find = _finder(cuts)
+        find = finder(cuts)
         for start, stop in visible:
             for cut in find(start, stop):
                 self._show(cut.claim, max(start, cut.start), min(stop, cut.stop))
@@ -467,87 +445,7 @@ class RegionQueue:
             return bool(clip(hidden, part.start, part.stop))
         return overlap(later, part)
 
-    # The pieces on the frontier
-
-    def _visible(self, claim: Claim) -> list[Range]:
-        """The claim's ranges on the frontier."""
-        return [(piece.start, piece.stop) for piece in _pieces_of(claim)]
-
-    def _take_visible(self, claim: Claim) -> list[Range]:
-        """Take the claim off the frontier. :return: its ranges there"""
-        index = self._index(claim)
-        for piece in _pieces_of(claim):
-            index.remove(piece)
-        return self._visible(claim)
-
-    def _set_visible(self, claim: Claim, visible: list[Range]) -> None:
-        """Put what these ranges and the claim have in common on the frontier, and no more."""
-        if claim.start >= claim.stop:
-            return
-        parts = clip(visible, claim.start, claim.stop)
-        if parts == [(claim.start, claim.stop)]:
-            if claim.links is not None:
-                claim.links.cuts = None
-            self._index(claim).add(claim)
-            return
-        self._links(claim).cuts = {}, {}
-        for start, stop in parts:
-            self._show(claim, start, stop)
-
-    def _hide(self, piece: Piece, later: Claim) -> None:
-        """Take what ``later`` covers of a piece off the frontier, and have it wait."""
-        claim = piece.claim
-        index = self._index(claim)
-        index.remove(piece)
-        links = self._links(claim)
-        if links.cuts is None:
-            links.cuts = {}, {}
-        else:
-            del links.cuts[0][piece.start], links.cuts[1][piece.stop]
-        for start, stop in outside(piece.start, piece.stop, [(later.start, later.stop)]):
-            self._put_cut(claim, start, stop)
-        part = max(piece.start, later.start), min(piece.stop, later.stop)
-        self._link(later, claim).append(part)
-
-    def _show(self, claim: Claim, start: int, stop: int) -> None:
-        """Put hidden bytes of a claim on the frontier, joined with those beside them."""
-        index = self._index(claim)
-        links = self._links(claim)
-        assert links.cuts is not None
-        by_start, by_stop = links.cuts
-        left = by_stop.pop(start, None)
-        if left is not None:
-            del by_start[left.start]
-            index.remove(left)
-            start = left.start
-        right = by_start.pop(stop, None)
-        if right is not None:
-            del by_stop[right.stop]
-            index.remove(right)
-            stop = right.stop
-        if start == claim.start and stop == claim.stop:
-            links.cuts = None
-            index.add(claim)
-        else:
-            self._put_cut(claim, start, stop)
-
-    def _put_cut(self, claim: Claim, start: int, stop: int) -> None:
-        cuts = self._links(claim).cuts
-        assert cuts is not None
-        cut = Cut(start, stop, claim)
-        cuts[0][start] = cuts[1][stop] = cut
-        self._index(claim).add(cut)
-
-    def _index(self, claim: Claim) -> RangeIndex[Piece]:
-        return self._exclusive if claim.exclusive else self._shared
-
     # Who waits for whom
-
-    def _links(self, claim: Claim) -> Links:
-        links = claim.links
-        if links is None:
-            links = claim.links = Links(self)
-        return links
 
     def _link(self, later: Claim, earlier: Claim) -> list[Range]:
         """Have ``later`` wait for ``earlier``. :return: the bytes of it that it hides"""
@@ -590,7 +488,7 @@ class RegionQueue:
         claims = self._claims()
         for claim in claims:
             self._check_claim(claim)
-        waits = _closure(claims)
+        waits = closure(claims)
         for claim in claims:
             assert claim not in waits[claim], "a cycle of waits"
             for other in claims.difference(claim.parts):
@@ -603,19 +501,15 @@ class RegionQueue:
         self._graph.check(self, claims)
 
     def _check_claim(self, claim: Claim) -> None:
-        index = self._exclusive if claim.exclusive else self._shared
-        shown = {(p.start, p.stop) for p in index.pieces() if p.claim is claim}
-        assert shown == set(self._visible(claim))
+        self._check_pieces(claim)
         links = self._links(claim)
         assert links.queue is self
-        if links.cuts is not None:
-            assert set(links.cuts[0].values()) == set(links.cuts[1].values())
         assert all(claim in self._links(later).waits_for for later in links.waited_by)
         assert all(claim in self._links(earlier).waited_by for earlier in links.waits_for)
         blocked = any(self._links(part).waits_for for part in claim.parts)
         assert claim.state == (WAITING if blocked else HELD)
         # Each byte is visible, or hidden by one waiting exclusive claim that covers it.
-        covered = sorted(shown)
+        covered = sorted(self._visible(claim))
         for later in links.waited_by:
             hidden = self._links(later).waits_for[claim]
             assert later.exclusive or claim.exclusive
@@ -644,40 +538,3 @@ def claims_for(ranges: Iterable[tuple[int, int, bool]], owner: object) -> tuple[
 def overlap(one: Piece, other: Piece) -> bool:
     """Whether they have a byte in common; neither is empty."""
     return one.start < other.stop and other.start < one.stop
-
-
-def _pieces_of(claim: Claim) -> list[Piece]:
-    if claim.start >= claim.stop:
-        return []
-    cuts = None if claim.links is None else claim.links.cuts
-    return [claim] if cuts is None else list(cuts[0].values())
-
-
-def _finder(cuts: list[Cut]) -> Callable[[int, int], list[Cut]]:
-    """A search for the cuts that overlap a range, built as their number demands."""
-    if len(cuts) > 8:  # out of the air; an index costs a few microseconds to build
-        index: RangeIndex[Cut] = RangeIndex()
-        for cut in cuts:
-            index.add(cut)
-        return index.overlapping
-    return lambda start, stop: [cut for cut in cuts if cut.start < stop and start < cut.stop]
-
-
-def _spell_own(claim: Claim, hold: Claim) -> str:
-    return (
-        f"deadlock: {name_of(claim.owner)} asks for {spell(claim)} and holds {spell(hold)} "
-        f"itself; release it first, or use the lease it has"
-    )
-
-
-def _closure(claims: Iterable[Claim]) -> dict[Claim, set[Claim]]:
-    """Whom each claim waits for, directly or through others."""
-    waits = {claim: set(claim.waits_for) for claim in claims}
-    grown = True
-    while grown:
-        grown = False
-        for found in waits.values():
-            more = set().union(*(waits[claim] for claim in found)) - found
-            found |= more
-            grown = grown or bool(more)
-    return waits

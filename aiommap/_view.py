@@ -23,6 +23,8 @@ from ._ranges import as_int, check_range
 from ._typing import Buffer
 from ._wait_graph import Claim
 
+_NO_STRAYS: list[object] = []
+
 _LINE = 4096
 """Bytes that readline() looks at first; doubled until the line ends. A page."""
 
@@ -38,6 +40,8 @@ class _View:
         "_cursor",
         "_length",
         "_offset",
+        "_read_only",
+        "_strays",
         "_writable",
     )
 
@@ -51,12 +55,19 @@ class _View:
         self._writable = writable
         self._cursor = 0
         self._buffer = core.mapping.buffer(offset, length, writable=writable)
+        self._read_only: memoryview | None = None  # what as_slice() gave of a writable view
+        # Origins of buffers that were withdrawn in vain, see _withdraw_buffer().
+        self._strays: list[object] = _NO_STRAYS
         core.views += 1
         if writable:
             core.written = True
 
     def _use(self) -> Claim:
-        """Check that the caller may use the view now."""
+        """Check that the caller may use the view's memory now."""
+        raise NotImplementedError
+
+    def _use_in_loop(self) -> Claim:
+        """Check that the caller may use the view now, in the map's event loop."""
         raise NotImplementedError
 
     def _check_writable(self) -> None:
@@ -148,7 +159,11 @@ class _View:
     def as_slice(self) -> memoryview:
         """The bytes without a copy, read-only. See :attr:`buffer`."""
         self._use()
-        return self._buffer.toreadonly()
+        if not self._writable:
+            return self._buffer
+        if self._read_only is None:
+            self._read_only = self._buffer.toreadonly()
+        return self._read_only
 
     def as_mut_slice(self) -> memoryview:
         """
@@ -178,23 +193,23 @@ class _View:
 
     async def flush(self) -> None:
         """Make the region durable, see :meth:`~aiommap.AsyncMmap.flush_range`."""
-        self._use()
+        self._use_in_loop()
         await self._core.flush(self._offset, self._length)
 
     async def flush_range(self, offset: SupportsIndex, length: SupportsIndex) -> None:
         """Make a part of the region durable; the offset is relative to the view."""
-        self._use()
+        self._use_in_loop()
         offset, length = check_range(offset, length, self._length, "view")
         await self._core.flush(self._offset + offset, length)
 
     async def flush_async(self) -> PendingFlush:
         """Start the write-back, see :meth:`~aiommap.AsyncMmap.flush_async_range`."""
-        self._use()
+        self._use_in_loop()
         return await self._core.flush_async(self._offset, self._length)
 
     async def flush_async_range(self, offset: SupportsIndex, length: SupportsIndex) -> PendingFlush:
         """Start the write-back of a part; the offset is relative to the view."""
-        self._use()
+        self._use_in_loop()
         offset, length = check_range(offset, length, self._length, "view")
         return await self._core.flush_async(self._offset + offset, length)
 
@@ -202,7 +217,7 @@ class _View:
 
     async def tell(self) -> int:
         """The cursor, in bytes from the start of the view. A checkpoint."""
-        self._use()
+        self._use_in_loop()
         await self._core.loop.checkpoint()
         return self._cursor
 
@@ -214,7 +229,7 @@ class _View:
         :return: the cursor
         :raises ValueError: the place is outside the view; the cursor stays
         """
-        self._use()
+        self._use_in_loop()
         offset = as_int(offset, "offset")
         if whence == os.SEEK_SET:
             target = offset
@@ -238,7 +253,7 @@ class _View:
         :raises TruncatedError: the file does not reach them any more
         :raises OSError: what the disk says
         """
-        self._use()
+        self._use_in_loop()
         count = self._next_bytes(size)
         start = self._cursor
         await self._core.loop.checkpoint()
@@ -260,7 +275,7 @@ class _View:
         :return: bytes copied: the buffer's size, fewer at the end
         :raises OSError: as :meth:`read`
         """
-        self._use()
+        self._use_in_loop()
         target = _buffers.writable(buffer)
         count = self._next_bytes(len(target))
         start = self._cursor
@@ -276,7 +291,7 @@ class _View:
         :param size: bytes at most; None or negative for no limit
         :raises OSError: as :meth:`read`
         """
-        self._use()
+        self._use_in_loop()
         most = self._next_bytes(size)
         start = self._cursor
         parts: list[bytes] = []
@@ -315,7 +330,7 @@ class _View:
         :raises TruncatedError: the file does not reach the place any more
         :raises OSError: ENOSPC for a hole without room, what the disk says otherwise
         """
-        self._use()
+        self._use_in_loop()
         self._check_writable()
         source = _buffers.readable(data)
         start = self._cursor
@@ -334,9 +349,18 @@ class _View:
         """A view of a part of this one, of the same kind, on a claim of its own."""
         raise NotImplementedError
 
+    def _release_buffer(self) -> bool:
+        """Release what was given out. Whether no slice or array made from it is left."""
+        read_only, self._read_only = self._read_only, None
+        given = (self._buffer,) if read_only is None else (self._buffer, read_only)
+        strays = _buffers.release(*given)
+        if strays or self._strays:
+            self._strays = _buffers.alive([*self._strays, *strays])
+        return not self._strays
+
     def _withdraw_buffer(self, what: str) -> None:
-        """:raises BufferError: slices or arrays made from it are alive; it stays"""
-        if not _buffers.release(self._buffer):
+        """:raises BufferError: slices or arrays made from it are alive; the view has a new one"""
+        if not self._release_buffer():
             self._make_buffer()
             raise BufferError(
                 f"cannot {what} while slices or arrays over the view's buffer are alive: release "
@@ -359,8 +383,7 @@ class _View:
         :raises ValueError: ``n`` is outside; the view stays usable
         :raises BufferError: buffers made from the view's are alive; the view stays usable
         """
-        claim = self._use()
-        self._core.check_loop()
+        claim = self._use_in_loop()
         n, rest = check_range(n, None, self._length, "view")
         self._withdraw_buffer("split the view")
         self._claim = None
@@ -379,8 +402,7 @@ class _View:
         :raises ValueError: the part is not inside; the view stays as it was
         :raises BufferError: buffers made from the view's are alive; the view stays as it was
         """
-        claim = self._use()
-        self._core.check_loop()
+        claim = self._use_in_loop()
         offset, length = check_range(offset, length, self._length, "view")
         self._withdraw_buffer("restrict the view")
         self._offset += offset
@@ -397,8 +419,7 @@ class _View:
 
         :raises BufferError: buffers made from the view's are alive; the view stays as it was
         """
-        claim = self._use()
-        self._core.check_loop()
+        claim = self._use_in_loop()
         if self._writable:
             self._withdraw_buffer("downgrade the view")
             self._writable = False
@@ -413,7 +434,7 @@ class _View:
         if claim is None:
             return True
         self._claim = None
-        clean = _buffers.release(self._buffer)
+        clean = self._release_buffer()
         self._core.leave(claim)
         return clean
 
@@ -430,7 +451,8 @@ class _View:
         :raises FlushError: the last flush failed
         """
         self._core.check_loop()
-        await self._finish(self._give_back(), failed=False)
+        if self._claim is not None:
+            await self._finish(self._give_back(), failed=False)
 
     async def _finish(self, clean: bool, *, failed: bool) -> None:
         core = self._core
@@ -452,9 +474,32 @@ class _View:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._claim is None:
+            return
+        if exc_type is GeneratorExit and self._is_forgotten(self._claim):
+            self._forget()
+            return
         clean = self._give_back()
         if not clean or self._core.closed:
             await self._finish(clean, failed=exc_type is not None)
+
+    def _is_forgotten(self, claim: Claim) -> bool:
+        """
+        Whether it is the garbage collector that closes the coroutine of the block, in any
+        thread and in the middle of anything: then nothing can be awaited, nor the lock touched.
+        """
+        loop = self._core.loop
+        try:
+            return claim.owner is None or claim.owner is not loop.current_task()
+        except RuntimeError:  # no event loop here, or between its tasks
+            return True
+
+    def _forget(self) -> None:
+        """Have the loop free the region soon."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            self._release_buffer()
+            self._core.forget(claim)
 
     def __del__(self) -> None:
         try:
@@ -462,8 +507,7 @@ class _View:
         except AttributeError:  # __init__ did not get that far
             return
         if claim is not None:
-            self._claim = None
-            self._core.forget(claim)
+            self._forget()
             warnings.warn(
                 f"{type(self).__name__} of bytes {self._offset} to "
                 f"{self._offset + self._length} was dropped without being closed",
@@ -502,14 +546,19 @@ class MmapView(_View):
         if claim is None:
             raise ClosedResourceError("the view is closed")
         core = self._core
-        task = core.loop.current_task()
-        if task is not self._owner:
-            if self._owner is not None:
-                raise BusyResourceError("using")
+        try:
+            task = core.loop.current_task()
+        except RuntimeError:  # no event loop here
+            task = None
+        if task is not self._owner or task is None:
             core.check_loop()
+            if self._owner is not None or task is None:
+                raise BusyResourceError("using")
             self._owner = task
             core.lock.adopt(claim)
         return claim
+
+    _use_in_loop = _use
 
     def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
         return MmapView(self._core, claim, offset, length, None, self._writable)
@@ -548,7 +597,9 @@ class ViewOpening:
         try:
             if claim.links is None:
                 await core.loop.checkpoint()
-            if self._load and not core.is_ready_nowait(offset, length, write=exclusive):
+            if not self._load:
+                core.still_inside(offset, length)
+            elif not core.is_ready_nowait(offset, length, write=exclusive):
                 await core.make_ready(offset, length, write=exclusive)
                 core.still_inside(offset, length)
             if exclusive:
@@ -595,6 +646,11 @@ class MmapViewSync(_View):
             raise ClosedResourceError("the view is closed")
         return claim
 
+    def _use_in_loop(self) -> Claim:
+        claim = self._use()
+        self._core.check_loop()
+        return claim
+
     def _part(self, claim: Claim, offset: int, length: int) -> MmapViewSync:
         return MmapViewSync(self._core, claim, offset, length, self._writable)
 
@@ -611,8 +667,7 @@ class MmapViewSync(_View):
 
         Each has its own buffer and cursor. Not a checkpoint.
         """
-        claim = self._use()
-        self._core.check_loop()
+        claim = self._use_in_loop()
         clone = MmapViewSync(self._core, claim, self._offset, self._length, self._writable)
         clone._handles = self._handles
         self._handles[0] += 1
@@ -638,13 +693,10 @@ class MmapViewSync(_View):
         self._handles[0] -= 1
         self._claim = None
         self._core.views -= 1
-        return _buffers.release(self._buffer)
+        return self._release_buffer()
 
-    def __del__(self) -> None:
-        handles = getattr(self, "_handles", [0])
-        if handles[0] > 1 and self._claim is not None:
-            # The others keep the region.
-            handles[0] -= 1
-            self._core.views -= 1
-            self._claim = None
-        super().__del__()
+    def _forget(self) -> None:
+        if self._handles[0] > 1 and self._claim is not None:
+            self._give_back()  # the others keep the region
+        else:
+            super()._forget()

@@ -266,3 +266,24 @@ def spell_cycle(asked: Sequence[Claim], path: Sequence[Claim]) -> str:
         f"deadlock: {', which needs '.join(steps)}; release first, or take the regions in "
         f"one order everywhere"
     )
+
+
+def spell_own(claim: Claim, hold: Claim) -> str:
+    """The message for a request that conflicts with its own task's hold."""
+    return (
+        f"deadlock: {name_of(claim.owner)} asks for {spell(claim)} and holds {spell(hold)} "
+        f"itself; release it first, or use the lease it has"
+    )
+
+
+def closure(claims: Iterable[Claim]) -> dict[Claim, set[Claim]]:
+    """Whom each claim waits for, directly or through others."""
+    waits = {claim: set(claim.waits_for) for claim in claims}
+    grown = True
+    while grown:
+        grown = False
+        for found in waits.values():
+            more = set().union(*(waits[claim] for claim in found)) - found
+            found |= more
+            grown = grown or bool(more)
+    return waits

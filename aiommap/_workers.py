@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar, TypeVarTuple
 
@@ -38,6 +39,14 @@ DEFAULT_THREADS = 40
 
 IDLE_SECONDS = 10.0
 """How long a thread without work stays: as in trio's thread cache."""
+
+GROUP = 8
+GROUP_SECONDS = 0.001
+"""
+How many finished requests of a batch are handed back together, and for how long at most they
+are kept. Each hand-over wakes the loop, for 5 us; each task that is woken runs before the loop
+looks at anything else.
+"""
 
 _default_limiter: RunVar[CapacityLimiter] = RunVar("aiommap_limiter")
 
@@ -277,7 +286,7 @@ class Crew(Generic[R]):
         self._limiter = limiter
         self._threads = threads
         self._batch = batch
-        self._perform = perform or _perform_each
+        self._perform = perform
         self._waiting: deque[R] = deque()
         # Between the loop and the threads: who takes the last request, and whether a request
         # was taken before it was abandoned. Held for a few instructions, never in a wait.
@@ -376,8 +385,12 @@ class Crew(Generic[R]):
 
     def _work(self, token: object) -> None:
         while requests := self._take():
-            self._perform(requests)
-            self._loop.post(self._deliver, requests)
+            if self._perform is not None:
+                self._perform(requests)
+                self._loop.post(self._deliver, requests)
+            else:
+                for group in _perform_each(requests):
+                    self._loop.post(self._deliver, group)
         self._loop.post(self._limiter.release_on_behalf_of, token)
 
     def _take(self) -> list[R]:
@@ -398,12 +411,23 @@ class Crew(Generic[R]):
             request.deliver()
 
 
-def _perform_each(requests: Sequence[Request]) -> None:
+def _perform_each(requests: Sequence[R]) -> Iterator[Sequence[R]]:
+    """Do one after another; gives those that are done, a few at a time."""
     if len(requests) > 1:
         for request in requests:
             request.announce()
+    group: list[R] = []
+    since = time.monotonic()
     for request in requests:
         try:
             request.perform()
         except BaseException as exc:
             request.error = exc
+        group.append(request)
+        # All at once, and the loop would run all their tasks before anything else.
+        if len(group) == GROUP or time.monotonic() - since > GROUP_SECONDS:
+            yield group
+            group = []
+            since = time.monotonic()
+    if group:
+        yield group

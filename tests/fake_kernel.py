@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from aiommap._kernel import Buffer, Capabilities, Kernel, native
 from aiommap._kernel._map_registry import MapRegistry
@@ -103,7 +103,7 @@ class Hold:
             with self._lock:
                 self.waiting -= 1
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

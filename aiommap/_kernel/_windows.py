@@ -68,6 +68,10 @@ class _StandardInfo(ctypes.Structure):  # FILE_STANDARD_INFO
     )
 
 
+class _AttributeTagInfo(ctypes.Structure):  # FILE_ATTRIBUTE_TAG_INFO
+    _fields_ = (("attributes", c_uint32), ("reparse_tag", c_uint32))
+
+
 _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
 _handle = c_void_p
 _bool = c_int
@@ -102,6 +106,7 @@ _pause = foreign(_kernel32, "Sleep", None, c_uint32)
 _FILE_STANDARD_INFO = 1  # FILE_INFO_BY_HANDLE_CLASS
 _FILE_ALLOCATION_INFO = 5
 _FILE_END_OF_FILE_INFO = 6
+_FILE_ATTRIBUTE_TAG_INFO = 9
 _FILE_ATTRIBUTE_SPARSE_FILE = 0x200
 _FILE_ATTRIBUTE_COMPRESSED = 0x800
 
@@ -205,6 +210,12 @@ def set_file_size(fd: int, size: int) -> None:
     _set_info(fd, _FILE_END_OF_FILE_INFO, size)
 
 
+def _get_info(fd: int, kind: int, info: ctypes.Structure) -> None:
+    assert _get_file_info is not None
+    if not _get_file_info(_handle_of(fd), kind, ctypes.addressof(info), ctypes.sizeof(info)):
+        raise _last_error()
+
+
 def _set_info(fd: int, kind: int, value: int) -> None:
     assert _set_file_info is not None
     info = c_int64(value)
@@ -215,16 +226,13 @@ def _set_info(fd: int, kind: int, value: int) -> None:
 def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
     if length == 0:
         return True
-    attributes = os.fstat(fd).st_file_attributes
-    if attributes & (_FILE_ATTRIBUTE_SPARSE_FILE | _FILE_ATTRIBUTE_COMPRESSED):
+    tag = _AttributeTagInfo()
+    _get_info(fd, _FILE_ATTRIBUTE_TAG_INFO, tag)
+    if tag.attributes & (_FILE_ATTRIBUTE_SPARSE_FILE | _FILE_ATTRIBUTE_COMPRESSED):
         return False  # it can have holes; every other file has all of its blocks
     end = offset + length
-    assert _get_file_info is not None
     info = _StandardInfo()
-    if not _get_file_info(
-        _handle_of(fd), _FILE_STANDARD_INFO, ctypes.addressof(info), ctypes.sizeof(info)
-    ):
-        raise _last_error()
+    _get_info(fd, _FILE_STANDARD_INFO, info)
     try:
         # Only ever upwards: an allocation below the size would cut the file.
         if end > max(info.allocation_size, info.end_of_file):

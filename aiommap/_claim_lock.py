@@ -1,0 +1,307 @@
+"""Tasks wait for claims: the rules in ``_region_queue.py``, with tasks parked and woken.
+
+:class:`ClaimLock` is what the map uses. It deals in claims, one object per hold, and leaves to
+its caller whatever makes a claim comfortable and safe (``_region_lock.py`` has that for users).
+
+How a grant reaches its task. Whoever releases grants at once, in the queue, and wakes exactly
+the tasks whose requests were granted; they hold their ranges from then on, running or not.
+So a cancellation that arrives together with the grant finds a hold and gives it back (on
+asyncio; on trio a task that has been woken is not cancelled before its next checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from anyio import WouldBlock
+
+from ._event_loop import EventLoop, current_event_loop
+from ._region_queue import RegionQueue, claims_for
+from ._wait_graph import GONE, HELD, WAITING, Claim, WaitGraph
+
+GRANTS_PER_YIELD = 128
+"""After so many grants in a row without a yield, a fast lock yields once. tokio lets a task
+make as many operations before it forces a yield (its "coop budget"); at 2 to 3 us a grant it
+is 0.3 to 0.4 ms between two turns of the others."""
+
+_graph = WaitGraph()
+"""One for all locks, so that cycles through several locks are found. A claim is in it only
+while somebody waits for it; tasks of different event loops never meet in it."""
+
+
+@dataclass(frozen=True)
+class RegionLockStatistics:
+    """
+    What a :class:`RegionLock` has to do at the moment.
+
+    :ivar held_shared: number of ranges held shared
+    :ivar held_exclusive: number of ranges held exclusively
+    :ivar waiting: number of requests that wait
+    :ivar longest_queue: the most requests that ever waited at one time
+    """
+
+    held_shared: int
+    held_exclusive: int
+    waiting: int
+    longest_queue: int
+
+
+class ClaimLock:
+    """
+    Claims on ranges, for the map: the region lock without leases.
+
+    It belongs to the first event loop that uses it. Every method is for that loop's thread,
+    but for :meth:`abandon`. Arguments are ints, ``start <= stop``, unchecked.
+
+    :ivar queue: the rules and the state
+    :ivar fast_acquire: whether free ranges are granted without a yield
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_current_task",
+        "_grants_left",
+        "_is_running_here",
+        "_loop",
+        "checkpoint",
+        "fast_acquire",
+        "queue",
+    )
+
+    def __init__(self, *, fast_acquire: bool = False) -> None:
+        self.queue = RegionQueue(_graph)
+        self.fast_acquire = fast_acquire
+        self._loop: EventLoop | None = None
+        self._closed: Callable[[], BaseException] | None = None
+        self._grants_left = GRANTS_PER_YIELD
+        self._is_running_here: Callable[[], bool] = self._bind
+        self._current_task: Callable[[], object]
+        self.checkpoint: Callable[[], Awaitable[object]]  # the loop's own
+
+    # Asking
+
+    async def acquire(self, start: int, stop: int, exclusive: bool) -> Claim:
+        """
+        Hold one range for the current task.
+
+        A checkpoint; with ``fast_acquire`` only when it waits, and once every
+        :data:`GRANTS_PER_YIELD` grants.
+
+        :raises DeadlockError: if it conflicts with a hold of the task or closes a cycle
+        :raises BaseException: what :meth:`close` was given, once closed
+        """
+        claim = Claim(start, stop, exclusive)
+        await self.acquire_claim(claim)
+        return claim
+
+    async def acquire_ranges(self, ranges: Iterable[tuple[int, int, bool]]) -> Claim:
+        """
+        Hold several ranges ``(start, stop, exclusive)``, granted together or not at all.
+
+        A checkpoint, as :meth:`acquire`. The claim stands for all of them: it can be released,
+        downgraded and handed over, not split or restricted.
+
+        :raises DeadlockError: if one conflicts with a hold of the task or closes a cycle
+        :raises BaseException: what :meth:`close` was given, once closed
+        """
+        claims = claims_for(ranges, self.check_entry())
+        await self.wait_for(claims)
+        return claims[0]
+
+    def acquire_nowait(self, start: int, stop: int, exclusive: bool) -> Claim:
+        """
+        Hold one range for the current task, at once.
+
+        :raises WouldBlock: if it would have to wait
+        :raises DeadlockError: if it conflicts with a hold of the task
+        :raises BaseException: what :meth:`close` was given, once closed
+        """
+        claim = Claim(start, stop, exclusive, self.check_entry())
+        if not self.queue.add_if_free(claim):
+            if not self.queue.would_grant((claim,)):
+                raise WouldBlock
+            self.queue.add((claim,))
+        return claim
+
+    def acquire_ranges_nowait(self, ranges: Iterable[tuple[int, int, bool]]) -> Claim:
+        """Hold several ranges at once: :meth:`acquire_ranges` as :meth:`acquire_nowait`."""
+        claims = claims_for(ranges, self.check_entry())
+        if not self.queue.would_grant(claims):
+            raise WouldBlock
+        self.queue.add(claims)
+        return claims[0]
+
+    def check_free(self, start: int, stop: int, exclusive: bool) -> bool:
+        """
+        Whether a request of the current task would be granted at once. Makes no claim.
+
+        For an access that has no await in it: what is free now stays free until then. Does not
+        check that the caller runs in the lock's event loop, nor whether the lock is closed.
+
+        :raises DeadlockError: if the request conflicts with a hold of the task
+        """
+        queue = self.queue
+        if queue.is_free(start, stop, exclusive):
+            return True
+        return queue.would_grant((Claim(start, stop, exclusive, self._current_task()),))
+
+    # Giving back, all without waiting
+
+    def release(self, claim: Claim) -> None:
+        """Release a held claim, whoever holds it, and wake those who may go."""
+        for lead in self.queue.remove(claim):
+            lead.links.waiter.wake()  # type: ignore[union-attr]
+
+    def split(self, claim: Claim, at: int) -> tuple[Claim, Claim]:
+        """Cut a held claim in two, ``start <= at <= stop``; the claim itself is gone."""
+        return self.queue.split(claim, at)
+
+    def restrict(self, claim: Claim, start: int, stop: int) -> None:
+        """Keep ``[start, stop)`` of a held claim and wake those who may have the rest."""
+        for lead in self.queue.restrict(claim, start, stop):
+            lead.links.waiter.wake()  # type: ignore[union-attr]
+
+    def downgrade(self, claim: Claim) -> None:
+        """Make a held claim shared and wake the readers who may join."""
+        for lead in self.queue.downgrade(claim):
+            lead.links.waiter.wake()  # type: ignore[union-attr]
+
+    def adopt(self, claim: Claim) -> None:
+        """Have a held claim belong to the current task."""
+        self.queue.hand_over(claim, self._current_task())
+
+    def disown(self, claim: Claim) -> None:
+        """Have a held claim belong to no task: deadlocks through it are not found."""
+        self.queue.hand_over(claim, None)
+
+    def abandon(self, claim: Claim) -> None:
+        """
+        Release a claim soon, if it is still held then. From any thread, also from a finalizer.
+        """
+        if self._loop is not None:
+            self._loop.post(self._release_abandoned, claim)
+
+    def _release_abandoned(self, claim: Claim) -> None:
+        if claim.state in (WAITING, HELD):
+            self.release(claim)
+
+    def leave(self, claim: Claim, reason: type[BaseException] | None) -> None:
+        """
+        Release a claim at the end of a block, or while an exception passes.
+
+        GeneratorExit may come from the garbage collector, which closes the coroutines of
+        tasks that were forgotten, in the middle of anything: then the release is posted. Only
+        the task itself (it closes an async generator) knows that it is not in the queue.
+        """
+        if reason is GeneratorExit and not (
+            self._is_running_here() and claim.owner is self._current_task()
+        ):
+            self.abandon(claim)
+        else:
+            self.release(claim)
+
+    def close(self, make_error: Callable[[], BaseException]) -> None:
+        """
+        Refuse new requests and wake all waiting ones, with ``make_error()`` each.
+
+        What is held stays held. Closing again does nothing.
+        """
+        if self._closed is None:
+            self._closed = make_error
+            for lead in self.queue.remove_waiting():
+                lead.links.waiter.wake()  # type: ignore[union-attr]
+
+    def statistics(self) -> RegionLockStatistics:
+        """How many ranges are held, and how many requests wait."""
+        queue = self.queue
+        return RegionLockStatistics(
+            queue.held_shared, queue.held_exclusive, queue.waiting, queue.longest_queue
+        )
+
+    # The parts of acquire, for those who inline it
+
+    async def acquire_claim(self, claim: Claim) -> None:
+        """Hold what a new claim says, for the current task: :meth:`acquire`."""
+        claim.owner = self.check_entry()
+        if not self.queue.add_if_free(claim):
+            await self.wait_for((claim,))
+        elif self.must_yield():
+            await self.yield_holding(claim)
+
+    def check_entry(self) -> object:
+        """
+        Make sure that the caller may ask. :return: the current task
+
+        :raises RuntimeError: in another event loop than the first one, or outside a task
+        :raises BaseException: what :meth:`close` was given, once closed
+        """
+        if not self._is_running_here():
+            self.refuse_stranger()
+        if self._closed is not None:
+            raise self._closed()
+        return self._current_task()
+
+    def check_thread(self) -> None:
+        """
+        Make sure that the caller runs in the lock's event loop.
+
+        :raises RuntimeError: anywhere else
+        """
+        if not self._is_running_here():
+            self.refuse_stranger()
+
+    def must_yield(self) -> bool:
+        """Whether the task that was just granted something at once has to let others run."""
+        if self.fast_acquire:
+            self._grants_left -= 1
+            if self._grants_left:
+                return False
+            self._grants_left = GRANTS_PER_YIELD
+        return True
+
+    async def yield_holding(self, claim: Claim) -> None:
+        """Let others run once; a cancellation met there gives the claim back."""
+        try:
+            await self.checkpoint()
+        except BaseException as error:
+            self.leave(claim, type(error))
+            raise
+
+    async def wait_for(self, claims: Sequence[Claim]) -> None:
+        """Grant a request or wait until it is granted; cancelled, it leaves no trace."""
+        lead = claims[0]
+        if self.queue.add(claims):
+            if self.must_yield():
+                await self.yield_holding(lead)
+            return
+        assert self._loop is not None
+        assert lead.links is not None
+        parking = lead.links.waiter = self._loop.parking()
+        try:
+            await parking.park()
+        except BaseException as error:
+            # Waiting still, or granted in this very moment: either way it is passed on. GONE
+            # if the lock was closed in this very moment.
+            if lead.state != GONE:
+                self.leave(lead, type(error))
+            raise
+        if lead.state == GONE:
+            assert self._closed is not None
+            raise self._closed()
+
+    def _bind(self) -> bool:
+        loop = current_event_loop()
+        self._loop = loop
+        self._current_task = loop.current_task
+        self.checkpoint = loop.checkpoint
+        self._is_running_here = loop.is_running_here
+        return True
+
+    def refuse_stranger(self) -> NoReturn:
+        raise RuntimeError(
+            "this region lock belongs to the event loop that used it first: use it from there, "
+            "or from a thread through anyio.from_thread"
+        )

@@ -1,0 +1,53 @@
+"""What tests put into files, and how they look at them without a map of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def inc(n: int, start: int = 0) -> bytes:
+    """The ``n`` bytes ``i % 256`` from ``start`` on; INC(n) of the conformance page."""
+    first = start % 256
+    cycle = bytes(range(256))
+    return (cycle * (-(-(n + first) // 256)))[first : first + n]
+
+
+def zeros(n: int) -> bytes:
+    """Z(n) of the conformance page."""
+    return bytes(n)
+
+
+def file_of(folder: Path, data: bytes | int, name: str = "data.bin") -> Path:
+    """A file with this content, or of that many zero bytes (sparse)."""
+    path = folder / name
+    if isinstance(data, int):
+        with open(path, "wb") as file:
+            os.truncate(file.fileno(), data)
+    else:
+        path.write_bytes(data)
+    return path
+
+
+def open_descriptors() -> set[str]:
+    """What this process's descriptors refer to, with their numbers."""
+    result = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            result.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+        except FileNotFoundError:  # the listing's own
+            continue
+    return result
+
+
+def maps_of(path: os.PathLike[str]) -> int:
+    """How many memory areas of this process are of that file."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        return sum(line.rstrip("\n").endswith(str(path)) for line in file)
+
+
+only_linux = pytest.mark.skipif(
+    not os.path.exists("/proc/self/maps"), reason="looks at Linux's own books in /proc"
+)
