@@ -39,6 +39,18 @@ takes 50 to 150 us.
 
 _SCRATCH = 64 << 10
 _WINDOW = 256 << 10  # what is searched at once: read it and search it while it is in the cache
+_MOST_AREAS = 64
+_LASTING = frozenset(
+    (
+        Advice.NORMAL,
+        Advice.RANDOM,
+        Advice.SEQUENTIAL,
+        Advice.HUGE_PAGE,
+        Advice.NO_HUGE_PAGE,
+        Advice.MERGEABLE,
+        Advice.UNMERGEABLE,
+    )
+)
 _MISSING = (errno.EFAULT, errno.EIO)
 _NO_POPULATE = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
 _NO_GUARD = (errno.ENOSYS, errno.EPERM)
@@ -499,6 +511,14 @@ class Mapping:
     # Hints
 
     def advise(self, offset: int, length: int, advice: Advice) -> None:
+        """Give the kernel a hint. Hints about how pages are used may reach further."""
+        if advice in _LASTING:
+            # Each change between two pages splits the kernel's area, and a map of hundreds of
+            # areas is slow to flush. The hint may as well be true of a bit more.
+            grain = max(self.length // _MOST_AREAS, 1)
+            end = min(-(-(offset + length) // grain) * grain, self.length)
+            offset -= offset % grain
+            length = end - offset
         with naming(self.file.filename if self.file is not None else None):
             self.kernel.advise(*self._pages(offset, length), advice)
 

@@ -303,7 +303,7 @@ class AsyncMmap:
 
     def ptr(self) -> int:
         """The address of the first byte, valid while the map is open and not resized."""
-        self._core.check()
+        self._core.check_open()
         return self._core.mapping.address
 
     def mut_ptr(self) -> int:
@@ -312,7 +312,7 @@ class AsyncMmap:
 
         :raises PermissionError: the map is not writable
         """
-        self._core.check()
+        self._core.check_open()
         self._core.check_writable()
         self._core.raw_stores()
         return self._core.mapping.address
@@ -323,9 +323,9 @@ class AsyncMmap:
 
         Touching it may wait for the disk with the event loop, and is SIGBUS where the file was
         truncated: the caller's responsibility, as ``unsafe`` is in Rust. It keeps the memory
-        mapped, also after the map was closed.
+        mapped, also after the map was closed. May be called in any thread.
         """
-        self._core.check()
+        self._core.check_open()
         mapping = self._core.mapping
         return mapping.buffer(0, mapping.length, writable=False)
 
@@ -335,7 +335,7 @@ class AsyncMmap:
 
         :raises PermissionError: the map is not writable
         """
-        self._core.check()
+        self._core.check_open()
         self._core.check_writable()
         self._core.raw_stores()
         mapping = self._core.mapping
@@ -716,7 +716,9 @@ class AsyncMmap:
         """
         Tell the kernel how a range will be used. A checkpoint.
 
-        The range is widened to whole pages. No advice changes bytes.
+        The range is widened to whole pages; hints that last (NORMAL, RANDOM, SEQUENTIAL,
+        those about huge and merged pages) to 64ths of the map, so that the kernel never has
+        to keep it in hundreds of areas. No advice changes bytes.
 
         :raises OSError: ENOTSUP where the platform does not know it; EINVAL where it does not
             fit this memory
@@ -926,6 +928,8 @@ def _descriptor(file: int | HasFileno) -> tuple[int, Filename]:
         fd = as_int(file.fileno(), "fileno()")
         name = getattr(file, "name", None)
         return fd, name if isinstance(name, str | bytes) else None
+    if isinstance(file, str | bytes | os.PathLike):
+        raise TypeError(f"file must be a descriptor or have fileno(); for {file!r} use open_path()")
     fd = as_int(file, "file")
     if fd < 0:
         raise ValueError(f"file descriptor {fd} is negative: the file is closed?")

@@ -117,6 +117,11 @@ class OpenMap:
                 "it again there, or call through anyio.from_thread.run"
             )
 
+    def check_open(self) -> None:
+        """:raises ClosedResourceError: the map was closed"""
+        if self.closed:
+            raise ClosedResourceError("the map is closed")
+
     def check(self) -> None:
         """
         The map may be used here and now.

@@ -250,22 +250,13 @@ def _of(queue: object, table: dict[object, dict[Claim, None]]) -> dict[object, s
 
 def spell_cycle(asked: Sequence[Claim], path: Sequence[Claim]) -> str:
     """The message for a request that closes a cycle of waits."""
-    owner = name_of(asked[0].owner)
-    steps = [f"{owner} asks for {' and '.join(map(spell, asked))}"]
-    for claim, following in zip(path, [*path[1:], None], strict=True):
+    text = f"deadlock: {name_of(asked[0].owner)} asks for {' and '.join(map(spell, asked))}, which"
+    for claim in path:
         if claim.state == WAITING:
-            standing = f"{spell(claim)} that {name_of(claim.owner)} waits for"
-            if following is not None:
-                standing += f" behind {spell(following)}"
+            text += f" waits for {spell(claim)} asked for by {name_of(claim.owner)}, which"
         else:
-            standing = f"{spell(claim)} held by {name_of(claim.owner)}"
-            if following is not None:
-                standing += f", who waits for {spell(following)}"
-        steps.append(standing)
-    return (
-        f"deadlock: {', which needs '.join(steps)}; release first, or take the regions in "
-        f"one order everywhere"
-    )
+            text += f" waits for {spell(claim)} held by {name_of(claim.owner)}, who"
+    return f"{text.rpartition(',')[0]}; release first, or take the regions in one order everywhere"
 
 
 def spell_own(claim: Claim, hold: Claim) -> str:

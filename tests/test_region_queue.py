@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,10 +19,6 @@ from aiommap._wait_graph import GONE, HELD, WAITING, Claim, WaitGraph
 
 TIB = 2**40
 Asked = tuple[int, int, bool]
-
-
-def members(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(start, stop) for start, stop in ranges if start < stop]
 
 
 class ModelRequest:
@@ -73,7 +70,9 @@ class Model:
         covered = [(start, stop) for hold in own for start, stop, _ in hold.ranges]
         alone = [(start, stop) for start, stop, exclusive in ranges if exclusive]
         free = [
-            asked for start, stop, exclusive in request.ranges if not exclusive
+            asked
+            for start, stop, exclusive in request.ranges
+            if not exclusive
             for asked in clip(covered, start, stop)
         ]
         # What the same request asks for exclusively counts as exclusive only.
@@ -82,7 +81,8 @@ class Model:
             [(*part, True) for part in alone]
             + [
                 (*part, False)
-                for start, stop, exclusive in request.ranges if not exclusive
+                for start, stop, exclusive in request.ranges
+                if not exclusive
                 for part in outside(start, stop, covered)
             ],
             owner,
@@ -151,7 +151,7 @@ class Model:
         return self.grant()
 
 
-class Difference(AssertionError):
+class DifferenceError(AssertionError):
     """The queue did something else than the model."""
 
 
@@ -180,16 +180,16 @@ class Walk:
                 granted = True
             else:
                 if self.queue.would_grant(claims) != (request is not None and request.held):
-                    raise Difference("would_grant() is wrong")
+                    raise DifferenceError("would_grant() is wrong")
                 granted = self.queue.add(claims)
         except DeadlockError:
             if request is not None:
-                raise Difference(f"deadlock at {ranges}, not in the model") from None
+                raise DifferenceError(f"deadlock at {ranges}, not in the model") from None
             return "deadlock"
         if request is None:
-            raise Difference(f"no deadlock at {ranges}, but in the model")
+            raise DifferenceError(f"no deadlock at {ranges}, but in the model")
         if granted != request.held:
-            raise Difference(f"{ranges} granted: {granted}")
+            raise DifferenceError(f"{ranges} granted: {granted}")
         self.claims[claims[0]] = request
         self.arrived.append(claims[0])
         return "held" if granted else "waiting"
@@ -218,15 +218,13 @@ class Walk:
     def compare(self, granted: Sequence[Claim], expected: list[ModelRequest]) -> None:
         # In order of arrival, and no one twice.
         if [self.claims[claim] for claim in granted] != expected:
-            raise Difference(f"granted {granted}")
+            raise DifferenceError(f"granted {granted}")
 
     def check(self) -> None:
         for claim, request in self.claims.items():
             if (claim.state == HELD) != request.held:
-                raise Difference(f"{claim} is held: {request.held} in the model")
-        shared = sum(
-            not part.exclusive for claim in self.held() for part in claim.parts
-        )
+                raise DifferenceError(f"{claim} is held: {request.held} in the model")
+        shared = sum(not part.exclusive for claim in self.held() for part in claim.parts)
         exclusive = sum(part.exclusive for claim in self.held() for part in claim.parts)
         assert (self.queue.held_shared, self.queue.held_exclusive) == (shared, exclusive)
         assert self.queue.waiting == len(self.claims) - len(self.held())
@@ -297,3 +295,459 @@ def walk(queue: RegionQueue, randint: Any, steps: int, check_every: int = 1) -> 
 def test_walks_as_the_model(choices: random.Random) -> None:
     """1 000 histories of 50 steps: queue and model grant the same, in the same order."""
     walk(RegionQueue(), choices.randint, 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_long_walks_as_the_model(seed: int) -> None:
+    """Histories of 1 000 steps, with no end in between, keep to the model."""
+    walk(RegionQueue(), random.Random(seed).randint, 1000, check_every=20)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_some_walks_as_the_model(seed: int) -> None:
+    """The same as above, in little."""
+    walk(RegionQueue(), random.Random(seed).randint, 50)
+
+
+# Planted faults
+
+
+class Unchecked(RegionQueue):
+    """Only the model can tell."""
+
+    def _check(self) -> None:
+        pass
+
+
+class UnfairOnAdd(Unchecked):
+    """A new request looks at what is held only, and passes those who wait."""
+
+    def _in_the_way(self, claim: Claim) -> list[Any]:
+        return [piece for piece in super()._in_the_way(claim) if piece.claim.state == HELD]
+
+
+class UnfairOnWakeUp(Unchecked):
+    """A release grants whoever conflicts with nothing that is held."""
+
+    def _grant(self, touched: Iterable[Claim]) -> Sequence[Claim]:
+        for claim in touched:
+            for part in claim.parts:
+                for earlier in list(part.waits_for):
+                    if earlier.state == WAITING:
+                        del self._links(part).waits_for[earlier]
+        return super()._grant(touched)
+
+
+class ForgetsReleaseOnCancel(Unchecked):
+    """A cancelled waiter leaves, but those who waited for it are not looked at again."""
+
+    def remove(self, lead: Claim) -> Sequence[Claim]:
+        cancelled = lead.state == WAITING
+        self._closing = cancelled
+        granted = super().remove(lead)
+        self._closing = False
+        return granted
+
+
+class ForgetsOrderOnCancel(Unchecked):
+    """What a cancelled writer hid stays hidden."""
+
+    def _bequeath(self, *_: Any) -> None:
+        pass
+
+
+class SplitForgetsWaiter(Unchecked):
+    """The last one who waits is not told of the right half."""
+
+    def split(self, claim: Claim, at: int) -> tuple[Claim, Claim]:
+        left, right = super().split(claim, at)
+        waiters = list(right.waited_by)
+        if waiters:
+            del self._links(waiters[-1]).waits_for[right]
+            del self._links(right).waited_by[waiters[-1]]
+        return left, right
+
+
+class RestrictForgetsWaiter(Unchecked):
+    """Who waited for the rest only is not granted."""
+
+    def restrict(self, claim: Claim, start: int, stop: int) -> Sequence[Claim]:
+        self._closing = True
+        super().restrict(claim, start, stop)
+        self._closing = False
+        return ()
+
+
+class DowngradeForgetsReaders(Unchecked):
+    """Readers behind a writer that became a reader wait on."""
+
+    def downgrade(self, lead: Claim) -> Sequence[Claim]:
+        self._closing = True
+        super().downgrade(lead)
+        self._closing = False
+        return ()
+
+
+class PassesNoWriter(Unchecked):
+    """A reader that reads already waits behind writers that wait for it."""
+
+    def _plan(self, claim: Claim) -> Any:
+        pieces, own = super()._plan(claim)
+        return (self._in_the_way(claim), []) if own else (pieces, own)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        UnfairOnAdd,
+        UnfairOnWakeUp,
+        ForgetsReleaseOnCancel,
+        ForgetsOrderOnCancel,
+        SplitForgetsWaiter,
+        RestrictForgetsWaiter,
+        DowngradeForgetsReaders,
+        PassesNoWriter,
+    ],
+)
+def test_model_catches(fault: type[RegionQueue]) -> None:
+    """Each planted fault makes a difference from the model within 1 000 histories."""
+    for seed in range(1000):
+        try:
+            walk(fault(), random.Random(seed).randint, 50)
+        except DifferenceError:
+            return
+        except (AssertionError, KeyError):
+            # It stumbled over its own fault before the model could tell.
+            continue
+    pytest.fail(f"{fault.__name__} went unnoticed")
+
+
+# What the walks cannot see: order, cost, messages
+
+
+def held(queue: RegionQueue, start: int, stop: int, exclusive: bool, owner: Any = None) -> Claim:
+    claim = Claim(start, stop, exclusive, owner)
+    assert queue.add((claim,))
+    return claim
+
+
+def waiting(queue: RegionQueue, start: int, stop: int, exclusive: bool, owner: Any = None) -> Claim:
+    claim = Claim(start, stop, exclusive, owner)
+    assert not queue.add((claim,))
+    return claim
+
+
+def test_plain_example() -> None:
+    """A writer waits for the readers before it, a reader after it waits for the writer."""
+    queue = RegionQueue()
+    reader, other = held(queue, 0, 10, False), held(queue, 5, 15, False)
+    writer = waiting(queue, 0, 10, True)
+    late = waiting(queue, 9, 20, False)
+    beside = held(queue, 10, 15, False)
+    assert queue.remove(reader) == []
+    assert queue.remove(other) == [writer]
+    assert queue.remove(writer) == [late]
+    queue._check()
+    assert [claim.state for claim in (late, beside)] == [HELD, HELD]
+
+
+def test_readers_are_granted_together_in_order_of_arrival() -> None:
+    """A release grants all readers at once, and names them as they came."""
+    queue = RegionQueue()
+    writer = held(queue, 0, 100, True)
+    readers = [waiting(queue, start, 100, False) for start in (50, 10, 90, 0, 70)]
+    assert queue.remove(writer) == readers
+
+
+def test_granted_once() -> None:
+    """Who waits for several gets one grant, with the last of them."""
+    queue = RegionQueue()
+    holds = [held(queue, start, start + 10, True) for start in range(0, 100, 10)]
+    wide = waiting(queue, 0, 100, True)
+    grants = [queue.remove(hold) for hold in holds]
+    assert grants == [[]] * 9 + [[wide]]
+
+
+def test_parts_are_granted_together() -> None:
+    """A request for two ranges holds neither before it can hold both."""
+    queue = RegionQueue()
+    first, second = held(queue, 0, 10, True), held(queue, 20, 30, True)
+    both = claims_for([(0, 10, False), (20, 30, True)], None)
+    assert not queue.add(both)
+    assert not queue.remove(first)
+    behind = waiting(queue, 5, 6, True)
+    assert queue.remove(second) == [both[0]]
+    assert queue.remove(both[0]) == [behind]
+
+
+def test_ranges_of_one_request_are_joined() -> None:
+    """Overlapping ranges of one request become one, exclusive where any is."""
+    claims = claims_for([(0, 10, False), (4, 6, True), (8, 12, False), (3, 3, True)], None)
+    assert sorted((c.start, c.stop, c.exclusive) for c in claims) == [
+        (0, 4, False),
+        (4, 6, True),
+        (6, 12, False),
+    ]
+    assert len(claims_for([(5, 5, True)], None)) == 1
+
+
+def test_closing_grants_nobody() -> None:
+    """All who wait are cancelled; nobody is granted on the way; what is held stays held."""
+    queue = RegionQueue()
+    hold = held(queue, 0, 10, True)
+    waiters = [waiting(queue, n % 7, 10 + n, n % 3 == 0) for n in range(30)]
+    assert queue.remove_waiting() == waiters
+    assert {claim.state for claim in waiters} == {GONE}
+    queue._check()
+    assert (queue.waiting, queue.longest_queue, hold.state) == (0, 30, HELD)
+    assert queue.remove(hold) == []
+    assert not queue._claims()
+
+
+class Counting(RegionQueue):
+    """Counts the waits it notes: what enqueueing costs, and what waking costs."""
+
+    links = 0
+
+    def _link(self, later: Claim, earlier: Claim) -> list[tuple[int, int]]:
+        self.links += 1
+        return super()._link(later, earlier)
+
+
+def test_hot_range_costs_the_same_for_each_waiter() -> None:
+    """Of 3 000 readers and writers on one range none waits for more than its neighbours."""
+    queue = Counting()
+    held(queue, 0, 10, True)
+    for n in range(3000):
+        waiting(queue, 0, 10, n % 4 == 0)
+    # A reader waits for a writer; the writer after three readers for them and for their writer.
+    assert queue.links <= 2 * 3000
+
+
+def test_narrow_writers_under_wide_readers() -> None:
+    """Writers on one byte meet the readers of everything once, not once each."""
+    queue = Counting()
+    for _ in range(500):
+        held(queue, 0, TIB, False)
+    for _ in range(500):
+        waiting(queue, 77, 78, True)
+    assert queue.links <= 500 + 500
+
+
+def test_cancelled_writers_leave_a_reader_whole() -> None:
+    """10 000 writers who give up do not leave the reader they waited for in 10 000 pieces."""
+    queue = RegionQueue()
+    reader = held(queue, 0, TIB, False)
+    rng = random.Random(1)
+    for _ in range(1000):
+        start = rng.randrange(1000)
+        writers = [waiting(queue, start + n, start + 2 * n + 1, True) for n in range(10)]
+        rng.shuffle(writers)
+        for writer in writers:
+            queue.remove(writer)
+        assert queue._visible(reader) == [(0, TIB)]
+
+
+# Deadlocks
+
+
+def test_cycle_is_refused_and_named() -> None:
+    """A holds 1 and wants 2, B holds 2 and wants 1: B is refused, and told why."""
+    queue = RegionQueue()
+    held(queue, 0, 10, True, "A")
+    held(queue, 10, 20, True, "B")
+    waiting(queue, 10, 20, True, "A")
+    before = queue._claims()
+    with pytest.raises(DeadlockError) as caught:
+        queue.add((Claim(5, 6, False, "B"),))
+    assert str(caught.value) == (
+        "deadlock: 'B' asks for [5, 6) shared, which waits for [0, 10) exclusive held by 'A', who "
+        "waits for [10, 20) exclusive held by 'B'; release first, or take the regions in one "
+        "order everywhere"
+    )
+    assert queue._claims() == before
+    queue._check()
+
+
+def test_long_cycle_through_readers_and_waiters() -> None:
+    """A cycle of five tasks, through a crowd of readers and a waiting writer, is found."""
+    queue = RegionQueue()
+    for n, owner in enumerate("ABCDE"):
+        held(queue, 10 * n, 10 * n + 10, False, owner)
+        for reader in range(20):
+            held(queue, 10 * n, 10 * n + 10, False, f"{owner}{reader}")
+    for n, owner in enumerate("ABCD"):
+        waiting(queue, 10 * n + 15, 10 * n + 16, True, owner)
+    waiting(queue, 5, 6, True, "someone")
+    with pytest.raises(
+        DeadlockError, match=r"asked for by 'someone', which waits for .* who waits for"
+    ):
+        queue.add((Claim(5, 6, True, "E"),))
+
+
+def test_cycle_through_two_locks() -> None:
+    """Locks that share a graph see the cycles that go through both."""
+    graph = WaitGraph()
+    one, two = RegionQueue(graph), RegionQueue(graph)
+    held(one, 0, 1, True, "A")
+    held(two, 0, 1, True, "B")
+    waiting(two, 0, 1, True, "A")
+    with pytest.raises(DeadlockError, match="'B' asks for"):
+        one.add((Claim(0, 1, True, "B"),))
+    one._check()
+    two._check()
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_own_hold_is_refused_behind_a_waiter_too(exclusive: bool) -> None:
+    """A conflict with one's own hold is a deadlock, also where a waiting writer hides it."""
+    queue = RegionQueue()
+    held(queue, 0, 10, exclusive, "A")
+    waiting(queue, 0, 20, True, "B")
+    claim = Claim(5, 6, not exclusive, "A")
+    with pytest.raises(DeadlockError, match=r"'A' asks for \[5, 6\) .* holds \[0, 10\) .* itself"):
+        queue.would_grant((claim,))
+    with pytest.raises(DeadlockError, match="itself"):
+        queue.add((claim,))
+    queue._check()
+
+
+def test_reader_passes_writers_that_wait_for_it() -> None:
+    """Bytes held shared are free for a further shared request of the task; others wait."""
+    queue = RegionQueue()
+    hold = held(queue, 0, 10, False, "A")
+    writer = waiting(queue, 5, 20, True, "B")
+    again = held(queue, 2, 8, False, "A")
+    waiting(queue, 2, 8, False, "C")
+    with pytest.raises(DeadlockError, match="'A' asks for"):
+        queue.add((Claim(8, 12, False, "A"),))
+    queue._check()
+    assert queue.remove(hold) == []
+    assert queue.remove(again) == [writer]
+
+
+def test_hand_over_moves_the_hold() -> None:
+    """After a hand-over the new owner is the one who must not ask; nobody's holds are free."""
+    queue = RegionQueue()
+    hold = held(queue, 0, 10, True, "A")
+    queue.hand_over(hold, "B")
+    with pytest.raises(DeadlockError, match="'B' asks for"):
+        queue.add((Claim(0, 1, True, "B"),))
+    waiter = waiting(queue, 0, 1, True, "A")
+    queue.hand_over(hold, None)
+    waiting(queue, 0, 1, True, "B")
+    queue._check()
+    assert queue.remove(hold) == [waiter]
+
+
+class CountingGraph(WaitGraph):
+    """Counts the steps of its searches."""
+
+    steps = 0
+
+    def _towards(self, *args: Any) -> Any:
+        for step in super()._towards(*args):
+            self.steps += 1
+            yield step
+
+
+def test_search_ends_with_the_smaller_side() -> None:
+    """No cycle is seen in a few steps where either side of the request is small."""
+    graph = CountingGraph()
+    queue = RegionQueue(graph)
+    held(queue, 0, 10, True, "hot")
+    for n in range(1000):
+        held(queue, 100 + n, 101 + n, True, n)
+    for n in range(1000):
+        waiting(queue, 0, 10, True, n)
+    assert graph.steps == 0, "who holds nothing that others wait for is not searched for"
+    held(queue, 50, 51, True, "late")
+    waiting(queue, 50, 51, True, "idle")
+    waiting(queue, 0, 10, True, "late")  # long ahead, short back
+    held(queue, 60, 61, True, "other")
+    waiting(queue, 60, 61, True, "hot")  # short ahead, long back
+    assert 0 < graph.steps < 20
+
+
+# The index, and sets of ranges
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_index_finds_what_overlaps(seed: int) -> None:
+    """The index finds exactly what a look at every piece finds, with tries and without."""
+    rng = random.Random(seed)
+    index: RangeIndex[Claim] = RangeIndex()
+    pieces: list[Claim] = []
+    span = rng.choice([100, 10 * FAN**2, TIB])
+    for step in range(1500):
+        length = rng.choice([1, 2, 3, 4, 17, 4096, span // 3 or 1])
+        start = rng.randrange(-span, span)
+        piece = Claim(start, start + rng.randint(1, length), False)
+        # Grow, then shrink.
+        if rng.random() < (0.9 if step < 1000 else 0.2) or not pieces:
+            pieces.append(piece)
+            index.add(piece)
+        else:
+            index.remove(pieces.pop(rng.randrange(len(pieces))))
+        expected = {p for p in pieces if p.start < start + length and start < p.stop}
+        found = index.overlapping(start, start + length)
+        assert len(found) == len(expected)
+        assert set(found) == expected
+        assert index.overlaps(start, start + length) == bool(expected)
+        if step % 100 == 0:
+            index.check()
+    for piece in pieces:
+        index.remove(piece)
+    index.check()
+    assert not index.classes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_index_adds_only_what_is_free(seed: int) -> None:
+    """add_if_free() inserts a piece exactly when it overlaps none."""
+    rng = random.Random(seed)
+    index: RangeIndex[Claim] = RangeIndex()
+    covered: set[int] = set()
+    longest = rng.choice([1, 8, 50])
+    for _ in range(2000):
+        start = rng.randrange(5000)
+        piece = Claim(start, start + rng.randint(1, longest), True)
+        numbers = set(range(piece.start, piece.stop))
+        assert index.add_if_free(piece) == (not numbers & covered)
+        if not numbers & covered:
+            covered |= numbers
+    index.check()
+
+
+def test_wide_search_does_not_try_every_bucket() -> None:
+    """A search over a TiB among 10 000 small pieces elsewhere looks at a few nodes."""
+    index: RangeIndex[Claim] = RangeIndex()
+    for n in range(10_000):
+        index.add(Claim(n * 8192, n * 8192 + 4096, True))
+    (size,) = index.classes.values()
+    assert len(size.levels) == 2
+    assert size.in_use(10**10, 2**60) == []
+    looked_at = sum(len(level) for level in size.levels[1:])
+    assert looked_at <= FAN
+    assert len(index.overlapping(0, TIB)) == 10_000
+
+
+@given(
+    st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20))),
+    st.integers(-20, 20),
+    st.integers(-20, 20),
+)
+def test_sets_of_ranges(ranges: list[tuple[int, int]], start: int, stop: int) -> None:
+    """clip, outside and union do to ranges what sets do to their members."""
+
+    def numbers(some: Iterable[tuple[int, int]]) -> set[int]:
+        return {number for low, high in some for number in range(low, high)}
+
+    here = set(range(start, stop))
+    assert numbers(clip(ranges, start, stop)) == numbers(ranges) & here
+    assert numbers(outside(start, stop, ranges)) == here - numbers(ranges)
+    joined = union(ranges)
+    assert numbers(joined) == numbers(ranges)
+    assert all(low < high for low, high in joined)
+    assert all(left[1] < right[0] for left, right in pairwise(joined))

@@ -329,45 +329,33 @@ def cached_pages(fd: int, offset: int, length: int) -> int:
 # The guarded copy
 
 
-class _Pipe(threading.local):
+class _Pipe:
     """
     Carries bytes between two places of our own memory.
 
     A kernel that finds a page missing while it copies from or to a process says EFAULT and
     does not signal, whatever the call: so ``write`` into a pipe and ``read`` out of it are a
-    guarded copy that every POSIX system has. Each thread has a pipe of its own, empty between
-    two copies. A forked child must not share its parent's.
+    guarded copy that every POSIX system has. Between two copies the pipe is empty.
     """
 
     MOST = 1 << 16  # the capacity of a pipe on Linux, and the largest on macOS and FreeBSD
 
     def __init__(self) -> None:
-        self._process = 0
-        self._ends: tuple[int, int] | None = None
+        self.process = os.getpid()
+        self._ends: tuple[int, ...] = ()
+        self._ends = os.pipe()
+        for end in self._ends:
+            os.set_blocking(end, False)
 
     def __del__(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._ends is not None:
-            ends, self._ends = self._ends, None
-            for end in ends:
-                os.close(end)
-
-    def _open(self) -> tuple[int, int]:
-        if self._ends is None or self._process != os.getpid():
-            self._close()
-            self._ends = os.pipe()
-            self._process = os.getpid()
-            for end in self._ends:
-                os.set_blocking(end, False)
-        return self._ends
+        for end in self._ends:
+            os.close(end)
 
     def carry(self, destination: int, source: int, length: int) -> int:
         """Copy up to :attr:`MOST` bytes; 0 where the first page, of some or all, is missing."""
         assert _raw_write is not None
         assert _raw_read is not None
-        outlet, inlet = self._open()
+        outlet, inlet = self._ends
         # SAFETY: the caller's ranges are inside memory that it keeps alive; a page of it that
         # cannot be touched is EFAULT.
         written = _raw_write(inlet, source, min(length, self.MOST))
@@ -388,12 +376,26 @@ class _Pipe(threading.local):
         return done
 
 
-_pipe = _Pipe()
+class _Thread(threading.local):
+    """What each thread has of its own."""
+
+    pipe: _Pipe | None = None
+
+
+_thread = _Thread()
+
+
+def _own_pipe() -> _Pipe:
+    # Nor may a forked child share its parent's: they would get each other's bytes.
+    pipe = _thread.pipe
+    if pipe is None or pipe.process != os.getpid():
+        pipe = _thread.pipe = _Pipe()
+    return pipe
 
 
 def copy(destination: int, source: int, length: int) -> int:
     return copy_until_missing(
-        destination, source, length, carry=_pipe.carry, most=_Pipe.MOST, page_size=page_size
+        destination, source, length, carry=_own_pipe().carry, most=_Pipe.MOST, page_size=page_size
     )
 
 

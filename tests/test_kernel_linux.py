@@ -1,0 +1,294 @@
+"""Linux: what the kernel's own books say, and how old and confined kernels are met."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("about Linux", allow_module_level=True)
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from aiommap._kernel import _linux, _portable, address_of
+from aiommap._options import Advice, Protection
+
+from .kernel_witnesses import PAGE, Answers, OpenFile, closed_descriptor, pattern, run_python
+from .rigs.small_fs import small_fs
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[OpenFile]:
+    with OpenFile(tmp_path / "file") as opened:
+        yield opened
+
+
+# Linux
+
+
+def test_capabilities_agree_with_the_calls(file: OpenFile, tmp_path: Path) -> None:
+    """On this machine everything that Linux 6.5 can do is found, in a directory as in a file."""
+    for path in (str(file.path), str(tmp_path)):
+        answer = _linux.capabilities(path)
+        assert answer.nowait_reads
+        assert answer.write_back_start
+        assert answer.full_sync
+        assert answer.ofd_locks
+        assert answer.reserve
+
+
+@pytest.mark.smallfs
+def test_tmpfs_is_in_memory_and_can_do_less() -> None:
+    """tmpfs refuses RWF_NOWAIT, has no medium to sync to, and says when it is full."""
+    with small_fs("tmpfs", 16 * PAGE) as small:
+        file = OpenFile(small.path / "file")
+        try:
+            assert _linux.file_is_in_memory(file.fd)
+            answer = _linux.capabilities(str(small.path))
+            assert not answer.nowait_reads
+            assert not answer.full_sync
+            small.fill()
+            assert _linux.free_blocks(file.fd) == 0
+        finally:
+            os.close(file.fd)
+
+
+def dirty_pages(fd: int) -> int:
+    """Pages of a file that the kernel has still to write, or is writing."""
+    answer = _linux._Cachestat()
+    wanted = _linux._CachestatRange(0, 1 << 40)
+    assert _linux._syscall is not None
+    assert _linux._syscall(451, fd, ctypes.addressof(wanted), ctypes.addressof(answer), 0) == 0
+    return int(answer.dirty + answer.writeback)
+
+
+@pytest.mark.parametrize("how", ["sync_data", "sync_all", "write_back", "sync_range"])
+def test_what_is_written_is_not_dirty_any_more(file: OpenFile, how: str) -> None:
+    """The kernel counts no dirty page after the call, and did before."""
+    if not _linux.capabilities(str(file.path)).cachestat:
+        pytest.skip("needs cachestat")
+    memory = _linux.map_file(file.fd, 4 * PAGE, Protection.READ_WRITE, 0)
+    memory[0:1] = b"x"
+    assert dirty_pages(file.fd) > 0
+    match how:
+        case "write_back":
+            _linux.write_back(file.fd, address_of(memory), 0, 4 * PAGE)
+        case "sync_range":
+            _linux.sync_range(address_of(memory), 4 * PAGE)
+        case _:
+            getattr(_linux, how)(file.fd)
+    assert dirty_pages(file.fd) == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "arguments"),
+    [
+        ("_msync", "sync_range", (0, PAGE)),
+        ("_sync_file_range", "start_write_back", (0, 0, 0, PAGE)),
+        ("_sync_file_range", "write_back", (0, 0, 0, PAGE)),
+        ("_madvise", "populate_read", (0, PAGE)),
+    ],
+)
+def test_linux_begins_again_after_a_signal(
+    monkeypatch: pytest.MonkeyPatch, function: str, name: str, arguments: tuple[int, ...]
+) -> None:
+    """EINTR is not an error: the call is made until it is through."""
+    answers = Answers(errno.EINTR, errno.EINTR, 0)
+    monkeypatch.setattr(_linux, function, answers)
+    getattr(_linux, name)(*arguments)
+    assert len(answers.calls) == 3
+
+
+def test_linux_reserve_begins_again_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fallocate is interrupted by signals on some file systems."""
+    answers = Answers(errno.EINTR, 0)
+    monkeypatch.setattr(_linux, "_fallocate", answers)
+    assert _linux.reserve(0, 0, PAGE, grow=False)
+    assert [call[1] for call in answers.calls] == [1, 1]
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_linux_reserve_says_false_where_fallocate_is_missing(
+    monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """A file system without fallocate is no error."""
+    monkeypatch.setattr(_linux, "_fallocate", Answers(error))
+    assert not _linux.reserve(0, 0, PAGE, grow=True)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ESPIPE, errno.EPERM])
+def test_linux_write_back_is_left_out_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """No sync_file_range, or a sandbox that forbids it: the flush will do it."""
+    monkeypatch.setattr(_linux, "_sync_file_range", Answers(error))
+    _linux.start_write_back(0, 0, 0, PAGE)
+    _linux.write_back(0, 0, 0, PAGE)
+    assert not _linux.capabilities(None).write_back_start
+    monkeypatch.setattr(_linux, "_sync_file_range", None)
+    _linux.start_write_back(0, 0, 0, PAGE)
+    assert not _linux.capabilities(None).write_back_start
+
+
+def test_linux_write_back_reports_a_bad_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO is an error, not a missing feature."""
+    monkeypatch.setattr(_linux, "_sync_file_range", Answers(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        _linux.write_back(0, 0, 0, PAGE)
+
+
+def test_linux_ranges_of_nothing_do_not_mean_the_rest_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, file: OpenFile
+) -> None:
+    """sync_file_range and posix_fadvise take a length of 0 for everything up to the end."""
+    answers = Answers(errno.EIO)
+    monkeypatch.setattr(_linux, "_sync_file_range", answers)
+    monkeypatch.setattr(os, "posix_fadvise", answers)
+    _linux.start_write_back(file.fd, 0, 0, 0)
+    _linux.write_back(file.fd, 0, 0, 0)
+    _linux.will_need(file.fd, 0, 0)
+    assert answers.calls == []
+
+
+def test_linux_advise_believes_eagain_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few EAGAIN are tried again; one that does not pass is the caller's."""
+    passing = Answers(errno.EAGAIN, errno.EAGAIN, 0)
+    monkeypatch.setattr(_linux, "_madvise", passing)
+    _linux.advise(0, PAGE, Advice.RANDOM)
+    assert len(passing.calls) == 3
+    staying = Answers(errno.EAGAIN)
+    monkeypatch.setattr(_linux, "_madvise", staying)
+    with pytest.raises(BlockingIOError, match="temporarily unavailable"):
+        _linux.advise(0, PAGE, Advice.RANDOM)
+    assert len(staying.calls) < 100
+
+
+def test_linux_advise_ends_when_the_process_may_have_no_more_maps() -> None:
+    """Advice for every second page splits the map until vm.max_map_count; then it is EAGAIN."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 1 << 17:
+        pytest.skip("too many maps are allowed here")
+    script = f"""
+        import errno, mmap
+        from aiommap._kernel import address_of, native
+        from aiommap._options import Advice, Protection
+        page = native.page_size
+        memory = native.map_memory(
+            {limit} * 2 * page, Protection.READ_WRITE, stack=False, huge=False
+        )
+        address = address_of(memory)
+        try:
+            for number in range({limit}):
+                native.advise(address + 2 * number * page, page, Advice.RANDOM)
+        except BlockingIOError as exc:
+            print(errno.errorcode[exc.errno])
+        """
+    assert run_python(script).split() == ["EAGAIN"]
+
+
+@pytest.mark.parametrize("kind", ["linux", "portable"])
+def test_advice_that_the_kernel_lacks_is_enotsup(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """madvise says EINVAL to advice that is too new or not built in."""
+    module = _linux if kind == "linux" else _portable
+    monkeypatch.setattr(module, "_madvise", Answers(errno.EINVAL))
+    with pytest.raises(OSError, match="not supported") as caught:
+        module.advise(0, PAGE, Advice.RANDOM)
+    assert caught.value.errno == errno.ENOTSUP
+
+
+def test_linux_populate_keeps_einval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel before 5.14 says EINVAL to MADV_POPULATE_READ, and the caller knows it by that."""
+    monkeypatch.setattr(_linux, "_madvise", Answers(errno.EINVAL))
+    with pytest.raises(OSError, match="Invalid argument"):
+        _linux.populate_read(0, PAGE)
+
+
+def test_linux_copy_goes_on_where_the_kernel_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a single call moves is copied by several, and the end is still found."""
+    monkeypatch.setattr(_linux, "_COPY_MOST", 1000)
+    once = _linux._copy_once
+    monkeypatch.setattr(
+        _linux, "_copy_once", lambda to, source, length: once(to, source, min(length, 1000))
+    )
+    source, target = pattern(3500), bytearray(3500)
+    assert _linux.copy(address_of(target), address_of(source), 3500) == 3500
+    assert target == source
+
+
+def test_linux_copy_keeps_what_it_has_when_a_later_call_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """EFAULT after the first piece is a short copy; anything else is an error."""
+    monkeypatch.setattr(_linux, "_COPY_MOST", 1000)
+    monkeypatch.setattr(_linux, "_copy_once", lambda to, source, length: raise_after(to))
+
+    def raise_after(to: int) -> int:
+        if to:
+            raise OSError(failure, os.strerror(failure))
+        return 1000
+
+    failure = errno.EFAULT
+    assert _linux.copy(0, 0, 3500) == 1000
+    failure = errno.EPERM
+    with pytest.raises(PermissionError, match="not permitted"):
+        _linux.copy(0, 0, 3500)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "arguments"),
+    [
+        ("_process_vm_readv", "copy", (0, 0, 1)),
+        ("_syscall", "cached_pages", (0, 0, 1)),
+    ],
+)
+def test_linux_without_a_call_is_enosys(
+    monkeypatch: pytest.MonkeyPatch, function: str, name: str, arguments: tuple[int, ...]
+) -> None:
+    """A C library without the function is as a kernel without it."""
+    monkeypatch.setattr(_linux, function, None)
+    with pytest.raises(OSError, match="not implemented"):
+        getattr(_linux, name)(*arguments)
+
+
+def test_linux_memory_file_of_old_and_confined_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A flag too new is left out; a memfd that is missing or forbidden is None."""
+    create = os.memfd_create
+    asked: list[int] = []
+
+    def old(name: str, flags: int) -> int:
+        asked.append(flags)
+        if flags & 8:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", old)
+    fd = _linux.memory_file(PAGE, huge=False)
+    assert fd is not None
+    os.close(fd)
+    assert len(asked) == 2
+
+    def missing(name: str, flags: int) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "memfd_create", missing)
+    assert _linux.memory_file(PAGE, huge=False) is None
+
+
+def test_linux_memory_file_leaves_no_descriptor_when_it_cannot_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error is raised, and the descriptor is closed."""
+    monkeypatch.setattr(os, "ftruncate", lambda fd, size: os.fstat(closed_descriptor()))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _linux.memory_file(PAGE, huge=False)
+    assert os.listdir("/proc/self/fd") == before
