@@ -152,7 +152,11 @@ class ClaimLock:
 
     def release(self, claim: Claim) -> None:
         """Release a held claim, whoever holds it, and wake those who may go."""
-        for lead in self.queue.remove(claim):
+        self.wake(self.queue.remove(claim))
+
+    def wake(self, granted: Iterable[Claim]) -> None:
+        """Wake the tasks whose requests the queue has granted."""
+        for lead in granted:
             lead.links.waiter.wake()  # type: ignore[union-attr]
 
     def split(self, claim: Claim, at: int) -> tuple[Claim, Claim]:

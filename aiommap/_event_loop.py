@@ -23,6 +23,8 @@ import types
 from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
+import anyio
+
 if TYPE_CHECKING:
     import trio
 
@@ -43,6 +45,9 @@ class EventLoop(Protocol):
     """What the other modules know of the running event loop."""
 
     name: str
+
+    would_block: type[Exception]
+    """What a limiter without tokens raises: not anyio's own on trio (anyio 4.16)."""
 
     def is_running_here(self) -> bool:
         """Whether the caller runs inside this loop, in its thread."""
@@ -89,6 +94,7 @@ class AsyncioLoop:
 
     __slots__ = ("_loop", "checkpoint", "current_task")
     name = "asyncio"
+    would_block: type[Exception] = anyio.WouldBlock
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -141,18 +147,22 @@ class _TrioParking:
 class TrioLoop:
     """trio, also in guest mode."""
 
-    __slots__ = ("_token", "checkpoint", "current_task")
+    __slots__ = ("_current_token", "_token", "checkpoint", "current_task", "would_block")
     name = "trio"
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
+        self.would_block: type[Exception] = _trio().WouldBlock
         # Bound once: they are on the path of every access.
         self.checkpoint = _trio().lowlevel.checkpoint
         self.current_task = _trio().lowlevel.current_task
+        self._current_token = _trio().lowlevel.current_trio_token
 
     def is_running_here(self) -> bool:
-        lowlevel = _trio().lowlevel
-        return lowlevel.in_trio_run() and lowlevel.current_trio_token() is self._token
+        try:
+            return self._current_token() is self._token
+        except RuntimeError:  # no trio in this thread
+            return False
 
     def parking(self) -> Parking:
         return _TrioParking(self.current_task())

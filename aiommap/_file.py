@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ._kernel import Kernel
 from ._options import Protection
@@ -46,7 +46,9 @@ class File:
         self.mincore_is_honest = anonymous
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        # It is closed whatever the kernel says, and what it says is no flush's answer.
+        with suppress(OSError):
+            os.close(self.fd)
 
     def inspect(self, *, writable: bool) -> None:
         """
@@ -71,10 +73,39 @@ class File:
         with naming(self.filename):
             return self.kernel.file_size(self.fd)
 
+    def set_size(self, size: int) -> None:
+        """Cut the file, or grow it with a hole."""
+        with naming(self.filename):
+            self.kernel.set_file_size(self.fd, size)
+
     def reserve(self, offset: int, length: int, *, grow: bool = False) -> bool:
         """Give a range blocks, see :meth:`Kernel.reserve`."""
         with naming(self.filename):
             return self.kernel.reserve(self.fd, offset, length, grow=grow)
+
+    def grow(self, length: int) -> bool:
+        """
+        Make the file longer, with blocks for what is new; False where that cannot be done.
+
+        :raises OSError: ENOSPC, EDQUOT: there is no room; the file is as it was
+        """
+        size = self.size()
+        if size >= length:
+            return True  # somebody else was quicker
+        try:
+            # Blocks first and size second, so that a full disk leaves the size alone; and
+            # growing by fallocate, because ftruncate would cut a file that somebody else grew
+            # meanwhile.
+            return self.reserve(size, length - size) and self.reserve(
+                size, length - size, grow=True
+            )
+        except OSError:
+            # A reservation that fails keeps the blocks that it got before the disk was full,
+            # behind the end of the file. Setting the size gives them back.
+            with suppress(OSError):
+                if self.size() == size:
+                    self.set_size(size)
+            raise
 
 
 def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
@@ -99,6 +130,9 @@ _SAFE_FLAGS = (
     getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 )
 
+_ATTEMPTS = 10
+"""To open or create a file that others create and remove meanwhile. Out of the air."""
+
 # Written where blocks cannot be reserved, in pieces: 1 MiB is one bio on common disks.
 _ZEROS = 1 << 20
 
@@ -107,7 +141,7 @@ def create_file(
     kernel: Kernel, path: str | bytes, length: int, *, exist_ok: bool, mode: int
 ) -> tuple[File, bool]:
     """
-    A file of ``length`` bytes, and whether it is new, whose blocks are reserved and whose name is durable.
+    A file of ``length`` bytes with blocks and a durable name; and whether it is new.
 
     With ``exist_ok`` a file that is there keeps its content and grows.
 
@@ -115,15 +149,7 @@ def create_file(
     :raises ValueError: it is there and longer than ``length``
     :raises OSError: ENOSPC, EDQUOT, EFBIG...; no new file is left behind
     """
-    flags = os.O_RDWR | os.O_CREAT | _SAFE_FLAGS
-    try:
-        fd = os.open(path, flags | os.O_EXCL, mode)
-        created = True
-    except FileExistsError:
-        if not exist_ok:
-            raise
-        fd = os.open(path, flags, mode)
-        created = False
+    fd, created = _open_or_create(path, exist_ok=exist_ok, mode=mode)
     file = File(kernel, fd, path)
     try:
         file.inspect(writable=True)
@@ -138,6 +164,22 @@ def create_file(
     return file, created
 
 
+def _open_or_create(path: str | bytes, *, exist_ok: bool, mode: int) -> tuple[int, bool]:
+    """A descriptor, and whether we made the file: who did not make it must not remove it."""
+    flags = os.O_RDWR | _SAFE_FLAGS
+    for _ in range(_ATTEMPTS):
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, mode), True
+        except FileExistsError:
+            if not exist_ok:
+                raise
+        # Removed between the two calls, it is to be made after all. A symbolic link that leads
+        # nowhere is always there for the one and never for the other.
+        with suppress(FileNotFoundError):
+            return os.open(path, flags), False
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
 def grow_file(file: File, length: int, *, new: bool) -> None:
     """Reserve blocks up to ``length``, then make the file as long; it is never cut."""
     size = file.size()
@@ -146,14 +188,12 @@ def grow_file(file: File, length: int, *, new: bool) -> None:
             f"the file has {size} bytes, more than the {length} asked for; open it instead, or "
             f"choose a length of at least {size}"
         )
-    # Blocks first and size second, so that a full disk leaves the size alone; and growing by
-    # fallocate, because ftruncate would cut a file that somebody else grew meanwhile.
-    if file.reserve(0, length) and file.reserve(0, length, grow=True):
+    if (size == 0 or file.reserve(0, size)) and (size == length or file.grow(length)):
         return
     if new:
         _write_zeros(file, length)
-    with naming(file.filename):
-        file.kernel.set_file_size(file.fd, length)
+    elif size < length:
+        file.set_size(length)
 
 
 def _write_zeros(file: File, length: int) -> None:
@@ -173,5 +213,5 @@ def remove_file(file: File) -> None:
         theirs = os.stat(file.filename, follow_symlinks=False)
         if os.path.samestat(ours, theirs):
             os.unlink(file.filename)
-    except FileNotFoundError:
-        return
+    except OSError:
+        return  # gone already, or it has to stay; the error on its way says more

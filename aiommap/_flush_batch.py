@@ -5,7 +5,7 @@ Theory of operation
 A *device flush* makes everything durable that was stored before it began. So a request is
 served by the first device flush that begins after it; requests that arrive while one is under
 way share the next. Flushes are numbered as they begin. A :class:`Ticket` (a write-back that
-was started and that somebody may wait for later) remembers the number of the last flush begun
+is started and that somebody may wait for later) remembers the number of the last flush begun
 before it; any flush with a higher number that succeeds, and covers its range, has made it
 durable.
 
@@ -14,23 +14,34 @@ write-back once and marks the pages clean, so the next flush would succeed and m
 (measured on ext4, xfs and btrfs; https://lwn.net/Articles/752063/). Hence
 
 * the log keeps the failure, and every flush fails with it until it is cleared;
-* every ticket open at that time has failed for good, cleared or not: its bytes may be lost,
-  and no later flush can tell.
+* a flush that was under way at that moment has failed too, whatever the kernel says of it: it
+  found pages clean that were never written;
+* whoever asked before that moment is told of it, cleared or not, and so are the tickets open
+  then: their bytes may be lost, and no later flush can tell. :attr:`FlushLog.failures`, taken
+  when something is asked for, is what :meth:`FlushLog.failure_since` compares.
 
 Tickets are held weakly: nobody needs to wait for one. Each is looked at until the first flush
-that covers it, or failure, resolves it.
+that covers it, or failure, resolves it. They are kept in a plain list of weak references and
+not in a WeakSet, which the garbage collector changes in other threads while it is iterated.
+
+Invariants: no ticket is open while a failure is latched; an open ticket was asked for after
+the last failure; its number is at most that of the last flush begun.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ._errors import Range
+from ._range_sets import union
 
 MOST_RANGES = 64
 """Ranges that a failure names at most; more are named as the one range around them."""
+
+_FIRST_SWEEP = 32  # tickets that are kept before the first look for dropped ones; out of the air
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class Failure:
 
 
 class Ticket:
-    """A range whose write-back was started and that a later flush makes durable."""
+    """A range whose write-back is started and that a later flush makes durable."""
 
     __slots__ = ("__weakref__", "done", "failure", "keeps", "length", "number", "offset")
 
@@ -62,91 +73,160 @@ class Ticket:
 
 
 class FlushLog:
-    """Which flushes began, and what became of them. Not thread-safe."""
+    """
+    Which flushes began, and what became of them. Not thread-safe.
+
+    :ivar begun: the number of the last flush that began
+    :ivar succeeded: how many succeeded
+    :ivar failure: the failure that every flush reports, until it is cleared
+    :ivar failures: how many there were
+    """
 
     def __init__(self) -> None:
         self.begun = 0
         self.succeeded = 0
         self.failure: Failure | None = None
-        self._open: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self.failures = 0
+        self._last: Failure | None = None
+        self._last_number = -1  # of the last flush that had begun when it failed
+        self._open: list[weakref.ref[Ticket]] = []
+        self._sweep_at = _FIRST_SWEEP
         # Ranges of write-backs that nobody flushed yet, kept for the report of a failure.
         self._started: list[Range] = []
 
+    def failure_since(self, failures: int) -> Failure | None:
+        """What a request must be told that was made when there were so many failures."""
+        return self.failure if self.failures == failures else self._last
+
     def ticket(self, offset: int, length: int, keeps: object) -> Ticket:
-        """A write-back of a range was started. O(1)."""
+        """A write-back of a range is about to be started. Amortised O(1)."""
         ticket = Ticket(self.begun, offset, length, keeps)
         if self.failure is not None:
             ticket._resolve(self.failure)
-        else:
-            self._open.add(ticket)
+            return ticket
+        if len(self._open) >= self._sweep_at:
+            self._open = [weakref.ref(each) for each in self._tickets()]
+            self._sweep_at = max(2 * len(self._open), _FIRST_SWEEP)
+        self._open.append(weakref.ref(ticket))
+        if length:
             self._started.append((offset, length))
-            if len(self._started) > MOST_RANGES:
-                self._started = merge(self._started)
+            if len(self._started) > 2 * MOST_RANGES:
+                self._started = summary(self._started)
         return ticket
+
+    def _tickets(self) -> Iterator[Ticket]:
+        """The open ones that somebody still has."""
+        for reference in self._open:
+            ticket = reference()
+            if ticket is not None:
+                yield ticket
 
     def begin(self) -> int:
         """A device flush begins now: the number to report its end with."""
         self.begun += 1
         return self.begun
 
-    def end(self, number: int, covered: Iterable[Range] | None) -> None:
+    def end(self, number: int, covered: Iterable[Range] | None) -> Failure | None:
         """
-        The flush succeeded.
+        The kernel says that the flush succeeded. O(open tickets x log ranges).
 
         :param covered: the ranges it was for, None for the whole file
+        :return: None, or the failure that came in between and makes it mean nothing
         """
+        if self._last_number >= number:
+            return self._last
         self.succeeded += 1
         ranges = None if covered is None else merge(covered)
-        for ticket in list(self._open):
+        still_open = []
+        for ticket in self._tickets():
             if ticket.number < number and _covers(ranges, ticket.offset, ticket.length):
                 ticket._resolve(None)
-                self._open.discard(ticket)
+            else:
+                still_open.append(weakref.ref(ticket))
+        self._open = still_open
         if ranges is None:
-            self._started.clear()
+            # Of write-backs that started after it began nothing is known, but a failure of
+            # theirs would be reported with what is flushed then.
+            self._started = [(each.offset, each.length) for each in self._tickets()]
         else:
             self._started = [each for each in self._started if not _covers(ranges, *each)]
+        return None
 
     def fail(self, errno: int, ranges: Iterable[Range]) -> Failure:
         """A flush or write-back failed. The first failure stays."""
         if self.failure is None:
-            self.failure = Failure(errno, tuple(merge([*self._started, *ranges])))
-        for ticket in list(self._open):
+            self.failure = Failure(errno, tuple(summary([*self._started, *ranges])))
+        self.failures += 1
+        self._last = self.failure
+        self._last_number = self.begun
+        for ticket in self._tickets():
             ticket._resolve(self.failure)
         self._open.clear()
         self._started.clear()
         return self.failure
 
+    def cut(self, length: int) -> None:
+        """The map was made shorter: what lay behind is not waited for any more. O(tickets)."""
+        for ticket in self._tickets():
+            ticket.length = length_inside(ticket.offset, ticket.length, length)
+        self._started = [
+            (offset, length_inside(offset, count, length))
+            for offset, count in self._started
+            if offset < length
+        ]
+
     def clear(self) -> None:
-        """The user knows. Tickets that failed stay failed."""
+        """The user knows. What failed stays failed."""
         self.failure = None
 
     def _check(self) -> None:
+        open_tickets = list(self._tickets())
         assert self.succeeded <= self.begun
-        assert not (self.failure and self._open)
-        assert len(self._started) <= MOST_RANGES
-        for ticket in self._open:
+        assert self._last_number <= self.begun
+        assert (self._last is None) == (self.failures == 0)
+        if self.failure is not None:
+            assert not self._open
+            assert not self._started
+            assert self.failure == self._last
+            assert len(self.failure.ranges) <= MOST_RANGES
+        assert len(self._started) <= 2 * MOST_RANGES or len(self._started) <= len(open_tickets)
+        assert len(self._open) <= max(self._sweep_at, len(open_tickets))
+        for ticket in open_tickets:
             assert not ticket.done
             assert ticket.failure is None
             assert ticket.number <= self.begun
+            assert ticket.number >= self._last_number
 
 
-def _covers(ranges: list[Range] | None, offset: int, length: int) -> bool:
+def length_inside(offset: int, length: int, size: int) -> int:
+    """How many bytes of the range are left when only ``size`` bytes are."""
+    return max(min(length, size - offset), 0)
+
+
+def _covers(ranges: Sequence[Range] | None, offset: int, length: int) -> bool:
+    """Whether one of the ranges, which are in order and apart, holds all of it. O(log n)."""
     if ranges is None or length == 0:
         return True
-    return any(start <= offset and length <= size - (offset - start) for start, size in ranges)
+    index = bisect_right(ranges, offset, key=_offset_of) - 1
+    if index < 0:
+        return False
+    start, size = ranges[index]
+    return length <= size - (offset - start)
+
+
+def _offset_of(each: Range) -> int:
+    return each[0]
 
 
 def merge(ranges: Iterable[Range]) -> list[Range]:
-    """The same bytes as few ranges in order: those that overlap or touch become one."""
-    result: list[Range] = []
-    for offset, length in sorted(ranges):
-        if length == 0:
-            continue
-        if result and offset <= sum(result[-1]):
-            start, size = result[-1]
-            result[-1] = (start, max(size, offset + length - start))
-        else:
-            result.append((offset, length))
+    """Exactly the same bytes, in order: ranges that overlap or touch become one. O(n log n)."""
+    parts = union((offset, offset + length) for offset, length in ranges)
+    return [(start, stop - start) for start, stop in parts]
+
+
+def summary(ranges: Iterable[Range]) -> list[Range]:
+    """As :func:`merge`, for a message: where they are many, the one range around them."""
+    result = merge(ranges)
     if len(result) > MOST_RANGES:
         start = result[0][0]
         return [(start, sum(result[-1]) - start)]

@@ -1,84 +1,159 @@
 """Flushes of one map: few device flushes for many tasks, and a failure that stays.
 
 One thread flushes, a batch of requests at a time (:class:`~aiommap._workers.Crew`); what may
-be told to whom is :mod:`aiommap._flush_batch`'s. The failure is latched in that thread, before
-it takes the next batch: the kernel would let the next flush succeed.
+be told to whom is :mod:`aiommap._flush_batch`'s. It is one thread for the sake of truth: the
+kernel tells a failed write-back to one caller of an open file only. With two, the one that
+was told nothing could report success before the other has latched the failure.
 
 How a batch is flushed
 ----------------------
-* One range: ``msync`` of its pages, so a small commit waits for its own pages and not for
-  what others have dirtied.
-* Several: write-back of each is started, then one ``fdatasync``.
-* A flush of many megabytes is cut into pieces that are written one after another, and ends
-  with a device flush that finds little to do. Between two pieces the commits of other tasks
-  get their turn, and a cancelled task leaves.
+* One range, less than half of the file: ``msync`` of its pages, so a small commit waits for
+  its own pages and not for what others have dirtied.
+* Otherwise: one ``fdatasync``, which costs the same for any number of ranges, and does not
+  care into how many areas advice has cut the map (``msync`` flushes the disk once for each).
+* A flush of a long range is *bulk*: its dirty pages are written piece by piece, and a device
+  flush that finds little to do ends it. Between two pieces the commits of other tasks get
+  their turn, by ``msync`` as long as they are few, so that they do not wait for the rest of
+  the bulk. Bulk that is asked for meanwhile joins in.
 
 A cancelled waiter takes nothing with it: the flush goes on, for the others and for the log.
+Bulk that nobody waits for any more stops after the piece at hand.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
+import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
 from . import _workers
-from ._errors import FlushError, TruncatedError
+from ._errors import FlushError, Range, TruncatedError
 from ._event_loop import EventLoop
 from ._file import File, Filename
-from ._flush_batch import Failure, FlushLog, Ticket, merge
+from ._flush_batch import Failure, FlushLog, Ticket, length_inside, merge
 from ._mapping import Mapping
+from ._range_sets import outside
 
-PIECE = 32 << 20
-"""Bytes written back before others get their turn: 30 to 300 ms on common disks."""
+T = TypeVar("T")
+
+BULK = 32 << 20
+"""A longer range is flushed piece by piece: 30 to 300 ms on common disks, if all is dirty."""
+
+_SMALLEST_PIECE = 4 << 20
+_LARGEST_PIECE = 256 << 20
+_QUICK = 0.01  # seconds for a piece: below it the next may be larger (little was dirty),
+_SLOW = 0.1  # above it the next is smaller. Both out of the air, a decade apart.
 
 _EACH_BY_ITSELF = 16
-"""Ranges that are flushed one by one while a large flush is under way; more share one."""
+"""
+Ranges that are flushed one by one in the middle of bulk; more share one flush, which then
+waits for the rest of the bulk. At 10 ms a flush these take 160 ms, as long as a few pieces.
+"""
+
+_START_PIECE = 32 << 20
+"""Bytes whose write-back is started by one call in a worker; cancelled tasks leave between."""
 
 
 class _Flush(_workers.Request):
-    """A range that is to be durable, of a mapping, or of a file whose mapping is gone."""
+    """
+    A range of a map that is to be durable.
 
-    __slots__ = ("file", "length", "mapping", "offset")
+    It knows the mapping weakly, so that no task that waits is the last to hold it: unmapping
+    is for workers. Without a mapping, the file's descriptor will do.
+    """
 
-    def __init__(self, file: File, mapping: Mapping | None, offset: int, length: int) -> None:
+    __slots__ = ("failures", "file", "length", "mapping", "offset", "ticket", "wanted")
+
+    def __init__(
+        self,
+        file: File,
+        mapping: weakref.ref[Mapping],
+        offset: int,
+        length: int,
+        failures: int,
+        ticket: Ticket | None = None,
+    ) -> None:
         super().__init__()
         self.file = file
         self.mapping = mapping
         self.offset = offset
         self.length = length
+        self.failures = failures
+        """How many there were when it was asked for."""
+        self.ticket = ticket
+        self.wanted = True
 
 
-class _WriteBack(_Flush):
-    """A piece of a large flush; the write-back of the piece after it is started too."""
+class _Bulk:
+    """Long ranges that are being written piece by piece."""
 
-    __slots__ = ("next",)
+    def __init__(self) -> None:
+        self.requests: list[_Flush] = []
+        self._asked: list[Range] = []  # what pieces were made of already, in order
+        self._todo: deque[Range] = deque()
 
-    def __init__(self, mapping: Mapping, offset: int, length: int, next_length: int) -> None:
-        assert mapping.file is not None
-        super().__init__(mapping.file, mapping, offset, length)
-        self.next = next_length
+    def add(self, request: _Flush) -> None:
+        """
+        What was written before it came is not written again: the device flush at the end
+        begins later than this and covers it.
+        """
+        self.requests.append(request)
+        start, stop = request.offset, request.offset + request.length
+        asked = [(offset, offset + length) for offset, length in self._asked]
+        for low, high in outside(start, stop, asked):
+            self._todo.append((low, high - low))
+        self._asked = merge([*self._asked, (start, stop - start)])
+
+    def next_pieces(self, size: int) -> list[Range]:
+        """A piece to write now and the one after it; none when all is written or unwanted."""
+        if not self._todo or not any(each.wanted for each in self.requests):
+            return []
+        offset, length = self._todo.popleft()
+        if length > size:
+            self._todo.appendleft((offset + size, length - size))
+            length = size
+        following = [(start, min(count, size)) for start, count in islice(self._todo, 1)]
+        return [(offset, length), *following]
 
 
 class Flusher:
-    """The flushes of one map, on one file, through all mappings that it has in its life."""
+    """
+    The flushes of one map, on one file, through all mappings that it has in its life.
 
-    def __init__(self, loop: EventLoop, limiter: CapacityLimiter, filename: Filename) -> None:
+    :ivar length: of the map; while a flush is on its way a resize may have cut it
+    :ivar requested: how many flushes were asked for
+    :ivar write_backs: how many write-backs were started
+    """
+
+    def __init__(self, loop: EventLoop, limiter: CapacityLimiter, mapping: Mapping) -> None:
+        self._loop = loop
         self._limiter = limiter
-        self._filename = filename
+        self._filename: Filename = mapping.file.filename if mapping.file is not None else None
+        self._start_in_file = mapping.offset
+        self.length = mapping.length
         self._log = FlushLog()
         self._log_lock = threading.Lock()  # held for a few instructions, never in a wait
+        # Held in workers only, while the file is cut: so that no flush takes that for a
+        # truncation by somebody else.
+        self._cut_lock = threading.Lock()
         self._crew: _workers.Crew[_Flush] = _workers.Crew(
             loop, limiter, threads=1, batch=4096, perform=self._perform
         )
-        self._large = 0
+        self._bulk = _Bulk()
+        self._piece = BULK
         self.requested = 0
         self.write_backs = 0
+
+    # On the loop
 
     @property
     def done(self) -> int:
@@ -108,28 +183,37 @@ class Flusher:
         """
         assert mapping.file is not None
         self.check()
-        self.requested += 1
-        if length > PIECE:
-            await self._write_back(mapping, offset, length)
-        await self._crew.do(_Flush(mapping.file, mapping, offset, length))
+        request = _Flush(mapping.file, weakref.ref(mapping), offset, length, self._log.failures)
+        del mapping
+        await self._do(request)
 
-    async def _write_back(self, mapping: Mapping, offset: int, length: int) -> None:
-        self._large += 1
+    async def _do(self, request: _Flush) -> None:
+        self.requested += 1
         try:
-            end = offset + length
-            while offset < end:
-                count = min(PIECE, end - offset)
-                following = min(PIECE, end - offset - count)
-                await self._crew.do(_WriteBack(mapping, offset, count, following))
-                offset += count
-        finally:
-            self._large -= 1
+            await self._crew.do(request)
+        except BaseException:
+            request.wanted = False
+            raise
 
-    async def flush_file(self, file: File, mapping: Mapping | None, ticket: Ticket) -> None:
-        """Make a ticket's range durable; as :meth:`flush`, also when the map is closed."""
-        self.check()
-        self.requested += 1
-        await self._crew.do(_Flush(file, mapping, ticket.offset, ticket.length))
+    async def wait_for(self, ticket: Ticket, mapping: weakref.ref[Mapping]) -> None:
+        """
+        Make a ticket's range durable, also when the map is closed. A checkpoint.
+
+        :raises FlushError: it cannot be known to be durable any more, cleared or not
+        :raises TruncatedError: the file does not reach the range
+        """
+        if not self._loop.is_running_here():
+            raise RuntimeError(
+                "this pending flush belongs to another event loop: wait for it in the one that "
+                "opened its map"
+            )
+        await checkpoint()
+        file = ticket.keeps
+        if isinstance(file, File):  # else it is resolved
+            failures = self._log.failures
+            await self._do(_Flush(file, mapping, ticket.offset, ticket.length, failures, ticket))
+        if ticket.failure is not None:
+            raise self._error(ticket.failure)
 
     async def start(self, mapping: Mapping, offset: int, length: int) -> PendingFlush:
         """
@@ -139,104 +223,157 @@ class Flusher:
         :raises TruncatedError: the file does not reach the range
         """
         self.check()
-        # In a thread of its own: the one that flushes may be waiting for the disk's cache.
+        assert mapping.file is not None
+        with self._log_lock:
+            # Before anything starts, so that it is told of whatever fails from now on.
+            ticket = self._log.ticket(offset, length, mapping.file)
+        pending = PendingFlush(self, weakref.ref(mapping), ticket)
         end = offset + length
-        while True:
-            count = min(PIECE, end - offset)
+        while offset < end:
+            count = min(_START_PIECE, end - offset)
+            # In a thread of its own: the one that flushes may be waiting for the disk's cache.
             await _workers.run(partial(self._start, mapping, offset, count), limiter=self._limiter)
             offset += count
-            if offset >= end:
-                break
         self.write_backs += 1
+        return pending
+
+    # In a worker
+
+    def cut(self, change: Callable[[], T], length: int) -> T:
+        """Run what makes the map, and its file, shorter."""
+        with self._cut_lock:
+            result = change()
+            self.length = length
+            with self._log_lock:
+                self._log.cut(length)
+        return result
+
+    def _failed(self, error: BaseException, ranges: Sequence[Range]) -> FlushError:
+        # What is no OSError came from us; what the kernel would have said is not known then.
+        number = error.errno if isinstance(error, OSError) else None
         with self._log_lock:
-            ticket = self._log.ticket(end - length, length, mapping.file)
-        return PendingFlush(self, mapping, ticket)
+            failure = self._log.fail(number or errno.EIO, ranges)
+        return self._error(failure)
+
+    def _reach(self, file: File) -> tuple[int, int, int]:
+        """Bytes of the file, of the map that it reaches, and of the map, at one instant."""
+        with self._cut_lock:
+            size = file.size()
+            return size, length_inside(0, size - self._start_in_file, self.length), self.length
 
     def _start(self, mapping: Mapping, offset: int, length: int) -> None:
-        mapping.check_reach(offset, length)
+        assert mapping.file is not None
+        _, reach, limit = self._reach(mapping.file)
+        length = length_inside(offset, length, limit)
+        if length > reach - offset and length:
+            raise TruncatedError(offset, length, reach, self._filename)
         try:
             mapping.start_write_back(offset, length)
         except OSError as exc:
             raise self._failed(exc, [(offset, length)]) from None
 
-    # In the worker
-
-    def _failed(self, error: OSError, ranges: list[tuple[int, int]]) -> FlushError:
-        with self._log_lock:
-            failure = self._log.fail(error.errno or 0, ranges)
-        return self._error(failure)
-
-    def _perform(self, requests: Sequence[_Flush]) -> None:
-        try:
-            flushes = [each for each in requests if type(each) is _Flush and self._may(each)]
-            # Commits before bulk: a piece of a large flush can wait for them.
-            if flushes:
-                self._perform_flushes(flushes)
+    def _perform(self, requests: list[_Flush]) -> Iterator[list[_Flush]]:
+        while True:
+            small = []
             for each in requests:
-                if isinstance(each, _WriteBack) and self._may(each):
-                    self._perform_write_back(each)
+                if each.length <= BULK:
+                    small.append(each)
+                elif each not in self._bulk.requests:  # else it was put back
+                    self._bulk.add(each)
+            if small:
+                self._flush(small, in_bulk=bool(self._bulk.requests))
+                yield small
+            if not self._write_piece(self._bulk):
+                break
+            yield []
+            if self._crew.put_back([each for each in self._bulk.requests if each.wanted]):
+                return
+            requests = self._crew.take()
+        bulk, self._bulk = self._bulk.requests, _Bulk()
+        if any(each.wanted for each in bulk):
+            self._flush(bulk, in_bulk=False)
+        if bulk:
+            yield bulk
+
+    def _write_piece(self, bulk: _Bulk) -> bool:
+        """Write some more of the bulk; False when there is no more, or no point in it."""
+        pieces = bulk.next_pieces(self._piece)
+        # The latest, which has the map's present length.
+        mapping = bulk.requests[-1].mapping() if bulk.requests else None
+        if not pieces or mapping is None or self._log.failure is not None:
+            return False
+        began = time.monotonic()
+        try:
+            if len(pieces) > 1:
+                # The disk goes on with the next piece while we look after this one.
+                for offset, length in pieces:
+                    mapping.start_write_back(offset, length_inside(offset, length, mapping.length))
+            offset, length = pieces[0]
+            mapping.write_back(offset, length_inside(offset, length, mapping.length))
+        except BaseException as exc:
+            self._failed(exc, [(each.offset, each.length) for each in bulk.requests])
+            return False
+        took = time.monotonic() - began
+        if took < _QUICK and length == self._piece:
+            self._piece = min(self._piece * 2, _LARGEST_PIECE)
+        elif took > _SLOW:
+            self._piece = max(self._piece // 2, _SMALLEST_PIECE)
+        return True
+
+    def _flush(self, requests: list[_Flush], *, in_bulk: bool) -> None:
+        """One device flush, or a few, for all requests that may be served. Never raises."""
+        try:
+            size, reach, limit = self._reach(requests[0].file)
         except BaseException as exc:
             for each in requests:
-                each.error = each.error or exc
-        finally:
-            for each in requests:
-                each.mapping = None
-
-    def _may(self, request: _Flush) -> bool:
+                each.error = exc
+            return
+        # Looked at together: a failure that comes after this is one during the flush.
+        with self._log_lock:
+            admitted = [each for each in requests if self._may(each, reach, limit)]
+            if not admitted:
+                return
+            number = self._log.begin()
+        ranges = merge((each.offset, each.length) for each in admitted)
         try:
-            self.check()
-            if request.mapping is not None:
-                request.mapping.check_reach(request.offset, request.length)
-        except OSError as exc:
-            request.error = exc
+            covered = self._sync(admitted, ranges, size, in_bulk)
+        except BaseException as exc:
+            self._failed(exc, ranges)
+            covered = []
+        with self._log_lock:
+            failure = self._log.end(number, covered)
+        if failure is not None:
+            for each in admitted:
+                each.error = self._error(failure)
+
+    def _may(self, request: _Flush, reach: int, limit: int) -> bool:
+        """Whether a flush that begins now can serve it; else it is served, or has its error."""
+        if request.ticket is not None and request.ticket.done:
+            return False  # by the flush of another who waited for it
+        failure = self._log.failure_since(request.failures)
+        if failure is not None:
+            request.error = self._error(failure)
+            return False
+        request.length = length_inside(request.offset, request.length, limit)
+        if request.length > reach - request.offset and request.length:
+            request.error = TruncatedError(request.offset, request.length, reach, self._filename)
             return False
         return True
 
-    def _perform_flushes(self, requests: list[_Flush]) -> None:
-        ranges = merge((each.offset, each.length) for each in requests)
-        with self._log_lock:
-            number = self._log.begin()
-        try:
-            covered = self._sync(requests, ranges)
-        except OSError as exc:
-            if isinstance(exc, TruncatedError):
-                raise
-            for each in requests:
-                each.error = self._failed(exc, ranges)
-            return
-        with self._log_lock:
-            self._log.end(number, covered)
-
     def _sync(
-        self, requests: list[_Flush], ranges: list[tuple[int, int]]
-    ) -> list[tuple[int, int]] | None:
+        self, requests: list[_Flush], ranges: list[Range], size: int, in_bulk: bool
+    ) -> list[Range] | None:
         """Flush; what it covered, None for the whole file."""
+        mapping = requests[0].mapping()
+        if mapping is not None and all(each.mapping() is mapping for each in requests):
+            few = len(ranges) == 1 and ranges[0][1] < size - ranges[0][1]
+            if few or (in_bulk and len(ranges) <= _EACH_BY_ITSELF):
+                for offset, length in ranges:
+                    mapping.sync_range(offset, length)
+                return ranges
         file = requests[0].file
-        mapping = requests[0].mapping
-        same = mapping is not None and all(each.mapping is mapping for each in requests)
-        one_by_one = len(ranges) == 1 or (self._large > 0 and len(ranges) <= _EACH_BY_ITSELF)
-        if same and one_by_one and mapping is not None and ranges != [(0, mapping.length)]:
-            for offset, length in ranges:
-                mapping.sync_range(offset, length)
-            return ranges
-        if same and mapping is not None and len(ranges) > 1:
-            for offset, length in ranges:
-                mapping.start_write_back(offset, length)
-        # The whole map too: fdatasync does not care into how many areas advice has cut it.
         file.kernel.sync_data(file.fd)
         return None
-
-    def _perform_write_back(self, request: _WriteBack) -> None:
-        mapping = request.mapping
-        assert mapping is not None
-        try:
-            if request.next:
-                # The disk goes on with the next piece while we hand this one back.
-                mapping.start_write_back(request.offset, request.length)
-                mapping.start_write_back(request.offset + request.length, request.next)
-            mapping.write_back(request.offset, request.length)
-        except OSError as exc:
-            request.error = self._failed(exc, [(request.offset, request.length)])
 
 
 class PendingFlush:
@@ -253,9 +390,11 @@ class PendingFlush:
 
     __slots__ = ("__weakref__", "_flusher", "_mapping", "_ticket")
 
-    def __init__(self, flusher: Flusher | None, mapping: Mapping | None, ticket: Ticket) -> None:
+    def __init__(
+        self, flusher: Flusher | None, mapping: weakref.ref[Mapping] | None, ticket: Ticket
+    ) -> None:
         self._flusher = flusher
-        self._mapping = weakref.ref(mapping) if mapping is not None else None
+        self._mapping = mapping
         self._ticket = ticket
 
     @property
@@ -273,18 +412,12 @@ class PendingFlush:
             before it was known to be durable; a pending flush that failed stays failed, also
             after ``clear_flush_error()``
         :raises TruncatedError: the file does not reach the range any more
+        :raises RuntimeError: the map belongs to another event loop
         """
-        ticket = self._ticket
-        flusher = self._flusher
-        await checkpoint()
-        if ticket.failure is not None:
-            assert flusher is not None
-            raise flusher._error(ticket.failure)
-        file = ticket.keeps
-        if ticket.done or flusher is None or not isinstance(file, File):
-            return
-        mapping = self._mapping() if self._mapping is not None else None
-        await flusher.flush_file(file, mapping, ticket)
+        if self._flusher is None or self._mapping is None:
+            await checkpoint()
+        else:
+            await self._flusher.wait_for(self._ticket, self._mapping)
 
     def __await__(self) -> Generator[Any, Any, None]:
         return self.wait().__await__()

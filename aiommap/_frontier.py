@@ -25,18 +25,6 @@ class Frontier:
         self._exclusive: RangeIndex[Piece] = RangeIndex()
         self._shared: RangeIndex[Piece] = RangeIndex()
 
-    def is_free(self, start: int, stop: int, exclusive: bool) -> bool:
-        """
-        Whether a request would meet no conflicting range, held or waiting. O(log n).
-
-        False does not say that it would wait: a further shared request of a task that holds
-        the bytes shared would not. :meth:`would_grant` knows.
-        """
-        return start >= stop or not (
-            (self._exclusive.classes and self._exclusive.overlaps(start, stop))
-            or (exclusive and self._shared.classes and self._shared.overlaps(start, stop))
-        )
-
     def _in_the_way(self, claim: Claim) -> list[Piece]:
         """What the claim conflicts with on the frontier."""
         if claim.start >= claim.stop:

@@ -24,6 +24,7 @@ import mmap
 import os
 import threading
 from contextlib import suppress
+from typing import Literal
 
 from ._errors import TruncatedError
 from ._file import File, naming
@@ -35,6 +36,12 @@ INLINE = 256 << 10
 """
 Bytes that are copied on the loop when they are in memory: about 10 us, where a thread hop
 takes 50 to 150 us.
+"""
+
+PROBED = 4 << 20
+"""
+Bytes whose pages are looked up on the loop, by mincore: 20 us where none of them was touched
+before. Larger ranges always go to a worker.
 """
 
 _SCRATCH = 64 << 10
@@ -86,10 +93,13 @@ class Mapping:
         "__weakref__",
         "_address",
         "_delta",
+        "_fd",
         "_map",
         "_nowait",
+        "_page",
         "_populate",
         "_probe",
+        "_read_file_nowait",
         "_scratch",
         "file",
         "kernel",
@@ -120,6 +130,10 @@ class Mapping:
         self._delta = delta
         self._address = address_of(memory) + delta
         # What reads that must not wait read into: one byte, and as much as the last read took.
+        # Bound once: they are on the path of every access.
+        self._fd = file.fd if file is not None else -1
+        self._page = kernel.page_size
+        self._read_file_nowait = kernel.read_nowait
         self._probe = [memoryview(bytearray(1))]
         self._scratch = [memoryview(bytearray(0))]
         # Found out by trying, then remembered: whether reads can be refused instead of wait,
@@ -154,7 +168,7 @@ class Mapping:
         """Whether the first store into a page may wait for a disk (journal, throttling)."""
         return self.file is not None and not self.private and not self.file.in_memory
 
-    def buffer(self, offset: int, length: int, *, writable: bool) -> memoryview:
+    def buffer(self, offset: int, length: int, writable: bool) -> memoryview:
         """The memory itself. Whoever holds it, or a slice of it, keeps the map mapped."""
         if length == 0:
             # Nothing of the map, which may be resized and closed in spite of it.
@@ -170,7 +184,7 @@ class Mapping:
             self._map.resize(-1)
         except BufferError:
             return True
-        except (ValueError, TypeError, SystemError):
+        except (ValueError, TypeError, SystemError, AttributeError):
             return False
         raise AssertionError("mmap.resize(-1) must fail")
 
@@ -198,28 +212,32 @@ class Mapping:
 
         O(1) up to two pages, O(pages) with a small constant above.
         """
-        if self._nowait:
+        if self._nowait and 0 < length <= INLINE:
             # A byte of a page proves the page, and the last byte that the file reaches it.
-            file_offset = self.offset + offset
-            last = file_offset + length - 1
-            page = self.kernel.page_size
-            pages = last // page - file_offset // page
-            if length > INLINE:
-                return self._mincore_nowait(offset, length) and self.reach() - offset >= length
+            first = self.offset + offset
+            last = first + length - 1
+            page = self._page
+            pages = last // page - first // page
             try:
                 if pages <= 1:
-                    return length == 0 or (
-                        self._read_nowait(self._probe, offset + length - 1) == 1
-                        and (pages == 0 or self._read_nowait(self._probe, offset) == 1)
+                    read = self._read_file_nowait
+                    return read(self._fd, self._probe, last) == 1 and (
+                        pages == 0 or read(self._fd, self._probe, first) == 1
                     )
                 # Cheaper than page by page: 64 KiB in 2.5 us.
-                return self._read_nowait(self._window(length), offset) == length
-            except OSError:
-                return False
-        return length == 0 or (
-            self._mincore_nowait(offset, length)
-            and (self.file is None or self.file.anonymous or self.reach() - offset >= length)
-        )
+                return self._read_file_nowait(self._fd, self._window(length), first) == length
+            except OSError as exc:
+                return self._refused(exc)
+        if length == 0:
+            return True
+        if length > PROBED:
+            return False
+        if self._nowait and self.file is not None and not self.file.mincore_is_honest:
+            return all(
+                self._read_file_nowait(self._fd, self._window(count), self.offset + start) == count
+                for start, count in pieces(offset, length, INLINE)
+            )
+        return self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)
 
     def _window(self, length: int) -> list[memoryview]:
         window = self._scratch
@@ -230,18 +248,13 @@ class Mapping:
             window = self._scratch = [memoryview(whole)[:length]]
         return window
 
-    def _read_nowait(self, window: list[memoryview], offset: int) -> int:
-        assert self.file is not None
-        try:
-            return self.kernel.read_nowait(self.file.fd, window, self.offset + offset)
-        except BlockingIOError:
-            return -1
-        except OSError as exc:
-            if exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                self._nowait = False
-            raise
+    def _refused(self, error: OSError) -> Literal[False]:
+        """A read that must not wait was refused: the disk is needed, or it cannot be had."""
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            self._nowait = False
+        return False
 
-    def _mincore_nowait(self, offset: int, length: int) -> bool:
+    def _is_resident_nowait(self, offset: int, length: int) -> bool:
         if self.file is not None and not self.file.mincore_is_honest:
             return False
         try:
@@ -250,32 +263,65 @@ class Mapping:
             return False
         return state.count(1) == len(state) or not any(not byte & 1 for byte in state)
 
+    def _reaches_nowait(self, offset: int, length: int) -> bool:
+        file = self.file
+        if file is None or file.anonymous:
+            return True
+        try:
+            # Not fstat(), for which FUSE and network file systems ask their server.
+            size = self.kernel.known_file_size(file.fd)
+        except OSError:
+            return False
+        return size - self.offset - offset >= length
+
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes, if they are few and in memory; else None."""
         if length > INLINE:
             return None
         if self._nowait:
-            window = self._window(length)
+            window = self._scratch
+            if len(window[0]) != length:
+                window = self._window(length)
             try:
-                if self._read_nowait(window, offset) == length:
+                if self._read_file_nowait(self._fd, window, self.offset + offset) == length:
                     return bytes(window[0])
-            except OSError:
-                pass  # the worker finds out what is the matter
+            except OSError as exc:
+                self._refused(exc)  # the worker finds out what is the matter
             return None
-        if not self.is_loaded_nowait(offset, length):
+        if length == 0:
+            return b""
+        if not self._is_resident_nowait(offset, length):
             return None
-        try:
-            return self.read(offset, length)
-        except OSError:
-            return None
+        # Not read(): the file systems that come here may ask a server before they answer.
+        memory = self._window(length)[0]
+        # SAFETY: the scratch is as long, the map is held by self.
+        if self._copy_nowait(address_of(memory), self._address + offset, length):
+            # Afterwards: bytes behind the end of the file, in its last page, read as zeros.
+            return bytes(memory) if self._reaches_nowait(offset, length) else None
+        return None
 
     def write_nowait(self, offset: int, data: memoryview) -> bool:
-        """Store a few bytes, if that cannot wait for a disk; else False and nothing changed."""
+        """Store a few bytes, if that cannot wait for a disk; else False, to be done again."""
         length = data.nbytes
-        if length > INLINE or self.store_waits or not self.is_loaded_nowait(offset, length):
+        if length > INLINE or self.store_waits:
             return False
-        self.write(offset, data)
-        return True
+        if length == 0:
+            return True
+        source = address_of(data)
+        target = self._address + offset
+        if source < target + length and target < source + length:
+            return False  # overlapping
+        if not (self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)):
+            return False
+        # SAFETY: the data is exported by its memoryview, the map is held by self. A page that
+        # was truncated away meanwhile ends the copy early, and the worker finds out.
+        return self._copy_nowait(target, source, length) and self._reaches_nowait(offset, length)
+
+    def _copy_nowait(self, target: int, source: int, length: int) -> bool:
+        try:
+            return self.kernel.copy(target, source, length) == length
+        except OSError:
+            return False
 
     # In a worker: may wait, without the GIL
 
@@ -366,7 +412,8 @@ class Mapping:
             while done < length:
                 count = self.kernel.read(self.file.fd, [buffer[done:]], self.offset + offset + done)
                 if count == 0:
-                    raise self._truncated(offset, length, offset + done)
+                    size = min(self.reach(), offset + done)
+                    raise self._truncated(offset, length, size)
                 done += count
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

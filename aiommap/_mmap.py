@@ -393,7 +393,7 @@ class AsyncMmap:
         :raises OSError: what the disk says (with ``load``)
         :raises ClosedResourceError: the map is closed, or was while this waited
         """
-        return self._view(offset, length, False, load)
+        return ViewOpening(self._core, offset, length, False, load)
 
     def view_mut(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None, *, load: bool = True
@@ -409,15 +409,7 @@ class AsyncMmap:
         :raises OSError: also ENOSPC, for a hole that has no room
         """
         self._core.check_writable()
-        return self._view(offset, length, True, load)
-
-    def _view(
-        self, offset: SupportsIndex, length: SupportsIndex | None, exclusive: bool, load: bool
-    ) -> ViewOpening:
-        core = self._core
-        core.check()
-        offset, length = check_range(offset, length, core.mapping.length)
-        return ViewOpening(core, offset, length, exclusive, load)
+        return ViewOpening(self._core, offset, length, True, load)
 
     def view_nowait(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -788,9 +780,13 @@ class AsyncMmap:
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
         try:
             core.check_writable()
-            if length != core.mapping.length:
-                await self._reshape(partial(_reshaping.resized, core.mapping, length))
-                core.written = True
+            mapping = core.mapping
+            # The same length makes a file long again that was truncated.
+            if length != mapping.length or await core.run(mapping.reach) < length:
+                change = partial(_reshaping.resized, mapping, length)
+                if length < mapping.length:
+                    change = partial(core.flusher.cut, change, length)
+                await self._reshape(change)
         finally:
             core.lock.release(claim)
 

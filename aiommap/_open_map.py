@@ -68,8 +68,10 @@ class OpenMap:
 
     __slots__ = (
         "__weakref__",
+        "_ending",
         "_mapping",
         "_raw_stores",
+        "_whole_flushes",
         "closed",
         "flush_at_end",
         "flusher",
@@ -90,14 +92,15 @@ class OpenMap:
         self._mapping: Mapping | None = mapping
         self.lock = ClaimLock()
         self.pager = Pager(self.loop, self.limiter)
-        filename = mapping.file.filename if mapping.file is not None else None
-        self.flusher = Flusher(self.loop, self.limiter, filename)
+        self.flusher = Flusher(self.loop, self.limiter, mapping)
         self.closed = False
         self.flush_at_end = False
         self.views = 0
         self.loads_inline = 0
         self.written = False
         self._raw_stores = False
+        self._whole_flushes = 0
+        self._ending = 0
 
     # Checks
 
@@ -206,7 +209,7 @@ class OpenMap:
 
     # Views
 
-    def is_ready_nowait(self, offset: int, length: int, *, write: bool) -> bool:
+    def is_ready_nowait(self, offset: int, length: int, write: bool = False) -> bool:
         """Whether the range can be touched, and stored to if ``write``, without a wait."""
         mapping = self._mapping
         if mapping is None or length > mapping.length - offset:
@@ -232,10 +235,12 @@ class OpenMap:
 
     def leave(self, claim: Claim) -> None:
         """A view has closed. Frees its region, without waiting."""
-        self.lock.release(claim)
+        granted = self.lock.queue.remove(claim)
         self.views -= 1
         if claim.exclusive:
             self.written = True
+        if granted:
+            self.lock.wake(granted)
 
     def forget(self, claim: Claim) -> None:
         """A view was dropped without being closed; from any thread, at any moment."""
@@ -248,29 +253,40 @@ class OpenMap:
 
     # Flushes
 
+    @property
+    def _unflushed(self) -> bool:
+        # While a flush of everything is under way, nothing of it is durable yet.
+        return self.written or self._whole_flushes > 0
+
     def _is_nothing_to_flush(self, mapping: Mapping, length: int) -> bool:
         return length == 0 or mapping.file is None or not (mapping.syncable or self._owes(mapping))
 
     def _owes(self, mapping: Mapping) -> bool:
         # Written, and then set to READ: the bytes are still to be made durable.
-        return self.written and not mapping.private and _is_named(mapping.file)
+        return self._unflushed and not mapping.private and _is_named(mapping.file)
 
     async def flush(self, offset: int, length: int) -> None:
         """Make a range durable."""
-        mapping = self.mapping
         self.flusher.check()
-        if self._is_nothing_to_flush(mapping, length):
+        if self._is_nothing_to_flush(self.mapping, length):
             await self.loop.checkpoint()
-            return
-        whole = offset == 0 and length == mapping.length
-        if whole:
-            # Before it begins: what is stored from now on is not this flush's.
-            self.written = self._raw_stores or self.views > 0
+        elif offset == 0 and length == self.mapping.length:
+            await self._flush_all(length)
+        else:
+            # The mapping in no variable of a waiting task: see _take_unused().
+            await self.flusher.flush(self.mapping, offset, length)
+
+    async def _flush_all(self, length: int) -> None:
+        # Before it begins: what is stored from now on is not this flush's.
+        self.written = self._raw_stores or self.views > 0
+        self._whole_flushes += 1
         try:
-            await self.flusher.flush(mapping, offset, length)
+            await self.flusher.flush(self.mapping, 0, length)
         except BaseException:
             self.written = True
             raise
+        finally:
+            self._whole_flushes -= 1
 
     async def flush_async(self, offset: int, length: int) -> PendingFlush:
         """Start the write-back of a range."""
@@ -295,9 +311,8 @@ class OpenMap:
 
     async def flush_what_was_written(self) -> None:
         """The flush of leaving. :raises FlushError: also one from before"""
-        mapping = self.mapping
-        if self.written and not self._is_nothing_to_flush(mapping, mapping.length):
-            await self.flush(0, mapping.length)
+        if self._unflushed and self._mapping is not None:
+            await self.flush(0, self._mapping.length)
         else:
             self.flusher.check()
 
@@ -307,12 +322,15 @@ class OpenMap:
 
         :raises FlushError: after everything is closed
         """
+        # Another one that ends meanwhile, the last view, leaves the letting go to us.
+        self._ending += 1
         try:
             if flush:
                 # A cancelled caller does not flush: it shows here, before anything starts.
                 await self.loop.checkpoint()
                 await self.flush_what_was_written()
         finally:
+            self._ending -= 1
             await self.let_go()
 
     async def let_go(self) -> None:
@@ -331,8 +349,9 @@ class OpenMap:
                 box.clear()
 
     def _take_unused(self) -> list[Mapping]:
+        """In a list, so that a worker can drop the last reference: that unmaps, and may wait."""
         mapping = self._mapping
-        if not self.closed or self.views or mapping is None:
+        if not self.closed or self.views or self._ending or mapping is None:
             return []
         self._mapping = None
         return [mapping]
@@ -341,6 +360,9 @@ class OpenMap:
         """The map has another length or protection from now on; gives the old mapping."""
         old = self.mapping
         self._mapping = mapping
+        self.flusher.length = mapping.length
+        if mapping.length != old.length:
+            self.written = True  # the size is something to be made durable
         return [old]
 
     def statistics(self) -> MmapStatistics:

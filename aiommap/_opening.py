@@ -7,6 +7,18 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 
+class _Nothing:
+    """What is awaited where there is nothing to wait for: cheaper than a coroutine."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return iter(())  # type: ignore[return-value]
+
+
+NOTHING = _Nothing()
+
+
 class Closable(Protocol):
     """What an opening gives: something that ``async with`` can leave."""
 

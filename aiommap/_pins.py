@@ -13,6 +13,7 @@ from functools import partial
 
 import anyio
 
+from . import _workers
 from ._mapping import Mapping
 from ._open_map import OpenMap
 
@@ -91,6 +92,10 @@ class Pins:
                 await core.run(partial(_pin_runs, mapping, runs))
             except OSError as exc:
                 raise _with_limit(exc, mapping, length) from exc
+            except BaseException:
+                # Cancelled; the worker may have pinned all the same.
+                await _workers.finish(partial(_unpin_runs, mapping, runs))
+                raise
             self._counts.add(first, stop, 1)
 
     async def unpin(self, core: OpenMap, mapping: Mapping, offset: int, length: int) -> None:
@@ -103,7 +108,8 @@ class Pins:
                 )
             runs = self._counts.pinned_once(first, stop)
             self._counts.add(first, stop, -1)
-            await core.run(partial(_unpin_runs, mapping, runs))
+            # Counted down is undone in the kernel too, cancelled or not.
+            await _workers.finish(partial(_unpin_runs, mapping, runs))
 
 
 def _pin_runs(mapping: Mapping, runs: list[Run]) -> None:

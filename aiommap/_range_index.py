@@ -14,7 +14,7 @@ two). Where the range touches few buckets of the class, it looks them up. A wide
 millions of small buckets, nearly all of them unused; so a class with more than :data:`FAN`
 buckets keeps a trie over the numbers of those in use, ``FAN`` children to a node, and the wide
 search descends only to what exists. Small locks have no trie, 100 000 buckets one of two or
-three levels, and a bucket whose parent exists already costs one entry there.
+three levels, and a bucket whose parent exists already costs one bit there.
 
 Cost: O(1) hash operations to add and to remove (the trie's levels at worst), O(classes) for a
 narrow search, O(classes * log n + found) for a wide one.
@@ -27,7 +27,7 @@ greatest length kept beside it (one wide range makes every search a scan); a bal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 FAN_BITS = 6
@@ -50,33 +50,34 @@ Group = dict[tuple[int, int], dict[Piece, None]]
 
 
 class _SizeClass(Generic[Piece]):
-    """The buckets of one size class, and the trie over their numbers."""
+    """
+    The buckets of one size class, and the trie over their numbers.
 
-    __slots__ = ("buckets", "levels")
+    The node ``parents[number >> FAN_BITS]`` is an int with bit ``number % FAN`` set for each
+    bucket in use: it costs a bit for a bucket, and few cache misses, which is what counts at
+    100 000. ``levels[0]`` is ``parents``, ``levels[1]`` has the numbers of ``levels[0]``, and
+    so on; without levels ``parents`` is empty.
+    """
+
+    __slots__ = ("buckets", "levels", "parents")
 
     def __init__(self) -> None:
         self.buckets: dict[int, Piece | Group[Piece]] = {}
-        # levels[0] has the parents of buckets: {number >> FAN_BITS: {number: None, ...}}.
-        self.levels: list[dict[int, dict[int, None]]] = []
+        self.parents: dict[int, int] = {}
+        self.levels: list[dict[int, int]] = []
 
     def put(self, number: int, piece: Piece) -> None:
         buckets = self.buckets
         there = buckets.get(number)
         if there is None:
             buckets[number] = piece
-            if self.levels:
-                siblings = self.levels[0].get(number >> FAN_BITS)
-                if siblings is None:
-                    self._note(number)
-                else:
-                    siblings[number] = None
-            elif len(buckets) > FAN:
+            if self.levels or len(buckets) > FAN:
                 self._note(number)
             return
         if not isinstance(there, dict):
             # One piece to a bucket is by far the most frequent: no dict for it.
             there = {(there.start, there.stop): {there: None}}
-            self.buckets[number] = there
+            buckets[number] = there
         there.setdefault((piece.start, piece.stop), {})[piece] = None
 
     def take(self, number: int, piece: Piece) -> None:
@@ -90,41 +91,37 @@ class _SizeClass(Generic[Piece]):
                 return
         del self.buckets[number]
         if self.levels:
-            siblings = self.levels[0][number >> FAN_BITS]
-            if len(siblings) > 1:
-                del siblings[number]
-            else:
-                self._forget(number)
+            self._forget(number)
 
     def _note(self, number: int) -> None:
         for level in self.levels:
             parent = number >> FAN_BITS
-            siblings = level.get(parent)
-            if siblings is not None:
-                siblings[number] = None
+            siblings = level.get(parent, 0)
+            level[parent] = siblings | 1 << number % FAN
+            if siblings:
                 return
-            level[parent] = {number: None}
             number = parent
         top = self.levels[-1] if self.levels else self.buckets
         if len(top) > FAN:
-            level = {}
+            level = {} if self.levels else self.parents
             for number in top:
-                level.setdefault(number >> FAN_BITS, {})[number] = None
+                parent = number >> FAN_BITS
+                level[parent] = level.get(parent, 0) | 1 << number % FAN
             self.levels.append(level)
 
     def _forget(self, number: int) -> None:
         for level in self.levels:
             parent = number >> FAN_BITS
-            siblings = level[parent]
-            del siblings[number]
+            siblings = level[parent] ^ 1 << number % FAN
             if siblings:
+                level[parent] = siblings
                 return
             del level[parent]
             number = parent
         if not self.levels[-1]:
             self.levels.clear()
 
-    def in_use(self, first: int, last: int) -> list[int]:
+    def in_use(self, first: int, last: int) -> Iterable[int]:
         """The numbers of the buckets in use from ``first`` to ``last``, both included."""
         shift = FAN_BITS * len(self.levels)
         low, high = first >> shift, last >> shift
@@ -136,9 +133,16 @@ class _SizeClass(Generic[Piece]):
         for level in reversed(self.levels):
             shift -= FAN_BITS
             low, high = first >> shift, last >> shift
-            numbers = [
-                child for number in numbers for child in level[number] if low <= child <= high
-            ]
+            children = []
+            for number in numbers:
+                siblings = level[number]
+                while siblings:
+                    lowest = siblings & -siblings
+                    siblings ^= lowest
+                    child = (number << FAN_BITS) + lowest.bit_length() - 1
+                    if low <= child <= high:
+                        children.append(child)
+            numbers = children
         return numbers
 
 
@@ -154,7 +158,7 @@ class RangeIndex(Generic[Piece]):
     def __init__(self) -> None:
         self.classes: dict[int, _SizeClass[Piece]] = {}
         # A lone range that comes and goes should not build its class each time.
-        self._spare: dict[int, _SizeClass[Piece]] = {}
+        self._spare: _SizeClass[Piece] | None = None
 
     def add(self, piece: Piece) -> None:
         """Insert a piece that is not there yet."""
@@ -163,33 +167,44 @@ class RangeIndex(Generic[Piece]):
         exponent = (last - start).bit_length()
         size = self.classes.get(exponent)
         if size is None:
-            size = self._spare.pop(exponent, None) or _SizeClass()
+            size = self._spare or _SizeClass()
+            self._spare = None
             self.classes[exponent] = size
-        size.put(start >> exponent, piece)
-        if last >> exponent != start >> exponent:
+        number = start >> exponent
+        buckets = size.buckets
+        if number in buckets or size.levels or len(buckets) >= FAN:
+            size.put(number, piece)
+        else:
+            buckets[number] = piece
+        if last >> exponent != number:
             size.put(last >> exponent, piece)
 
     def add_if_free(self, piece: Piece) -> bool:
         """Insert the piece unless it overlaps another one; whether it was inserted."""
         classes = self.classes
-        if classes:
-            # The hot path, where all pieces are of one size and one bucket: no search at all,
-            # as whatever overlaps the bucket is in it.
-            start = piece.start
+        if not classes:
+            self.add(piece)
+            return True
+        start = piece.start
+        if len(classes) == 1:
+            # The hot path, where all pieces are of one size and this one lies in one bucket:
+            # whatever overlaps it would be in that bucket, too.
             last = piece.stop - 1
             exponent = (last - start).bit_length()
             number = start >> exponent
             size = classes.get(exponent)
-            if (
-                size is not None
-                and len(classes) == 1
-                and last >> exponent == number
-                and number not in size.buckets
-            ):
-                size.put(number, piece)
+            if size is not None and last >> exponent == number and number not in size.buckets:
+                siblings = size.parents.get(number >> FAN_BITS)
+                if siblings is not None:  # put(), inlined as far as it goes nearly always
+                    size.buckets[number] = piece
+                    size.parents[number >> FAN_BITS] = siblings | 1 << number % FAN
+                elif size.levels or len(size.buckets) >= FAN:
+                    size.put(number, piece)
+                else:
+                    size.buckets[number] = piece
                 return True
-            if self.overlaps(start, piece.stop):
-                return False
+        if self.overlaps(start, piece.stop):
+            return False
         self.add(piece)
         return True
 
@@ -199,11 +214,24 @@ class RangeIndex(Generic[Piece]):
         last = piece.stop - 1
         exponent = (last - start).bit_length()
         size = self.classes[exponent]
-        size.take(start >> exponent, piece)
-        if last >> exponent != start >> exponent:
+        number = start >> exponent
+        buckets = size.buckets
+        if buckets[number] is not piece:
+            size.take(number, piece)
+        elif not size.levels:
+            del buckets[number]
+        else:
+            siblings = size.parents[number >> FAN_BITS] ^ 1 << number % FAN
+            if siblings:
+                del buckets[number]
+                size.parents[number >> FAN_BITS] = siblings
+            else:
+                size.take(number, piece)
+        if last >> exponent != number:
             size.take(last >> exponent, piece)
-        if not size.buckets:
-            self._spare[exponent] = self.classes.pop(exponent)
+        if not buckets:
+            self._spare = size
+            del self.classes[exponent]
 
     def overlaps(self, start: int, stop: int) -> bool:
         """Whether any piece overlaps ``[start, stop)``."""
@@ -280,13 +308,17 @@ class RangeIndex(Generic[Piece]):
                     assert key == (0, 0) or {(p.start, p.stop) for p in group} == {key}
             assert found == expected
             below = set(size.buckets)
+            assert size.levels[:1] == ([size.parents] if size.parents else [])
             assert size.levels or len(below) <= FAN
             for level in size.levels:
-                assert {child for children in level.values() for child in children} == below
-                assert all(
-                    children and all(child >> FAN_BITS == number for child in children)
-                    for number, children in level.items()
-                )
+                children = {
+                    (number << FAN_BITS) + bit
+                    for number, siblings in level.items()
+                    for bit in range(FAN)
+                    if siblings >> bit & 1
+                }
+                assert children == below
+                assert all(0 < siblings < 1 << FAN for siblings in level.values())
                 below = set(level)
 
 

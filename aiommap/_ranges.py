@@ -42,11 +42,9 @@ def check_range(
     :raises TypeError: for what is not an integer
     :raises ValueError: when the range is not inside; names the numbers
     """
-    offset = as_int(offset, "offset")
-    if length is None:
-        length = max(size - offset, 0)
-    else:
-        length = as_int(length, "length")
+    if type(offset) is not int or type(length) is not int:  # seldom
+        offset = as_int(offset, "offset")
+        length = max(size - offset, 0) if length is None else as_int(length, "length")
     if not 0 <= offset <= size or not 0 <= length <= size - offset:
         raise ValueError(
             f"offset {offset} and length {length} are not inside the {what} of {size} bytes"

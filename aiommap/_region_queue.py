@@ -115,6 +115,18 @@ class RegionQueue(Frontier):
 
     # Adding
 
+    def is_free(self, start: int, stop: int, exclusive: bool) -> bool:
+        """
+        Whether a request would meet no conflicting range, held or waiting. O(log n).
+
+        False does not say that it would wait: a further shared request of a task that holds
+        the bytes shared would not. :meth:`would_grant` knows.
+        """
+        return start >= stop or not (
+            (self._exclusive.classes and self._exclusive.overlaps(start, stop))
+            or (exclusive and self._shared.classes and self._shared.overlaps(start, stop))
+        )
+
     def add_if_free(self, claim: Claim) -> bool:
         """
         Grant a request of one range if it meets no conflict; else leave everything as it was.

@@ -6,6 +6,8 @@ and the file fits it, or an error is raised and the old mapping is as it was.
 
 from __future__ import annotations
 
+import errno
+
 from ._file import File
 from ._mapping import Mapping, map_memory, remap
 from ._options import MmapOptions, Protection
@@ -21,8 +23,9 @@ def resized(mapping: Mapping, length: int) -> Mapping:
     file = mapping.file
     if file is None:
         return _copied(mapping, length, mapping.protection)
-    if length < mapping.length:
+    if length < mapping.length and file.size() >= mapping.offset + length:
         return _shrunk(mapping, file, length)
+    # Also to a smaller length that the file, truncated by somebody else, does not reach.
     return _grown(mapping, file, length)
 
 
@@ -37,27 +40,23 @@ def _shrunk(mapping: Mapping, file: File, length: int) -> Mapping:
     new = remap(file, mapping.protection, mapping.offset, length)
     # Last, because it is what cannot be taken back.
     if size > mapping.offset + length:
-        file.kernel.set_file_size(file.fd, mapping.offset + length)
+        file.set_size(mapping.offset + length)
     return new
 
 
 def _grown(mapping: Mapping, file: File, length: int) -> Mapping:
     size = file.size()
     end = mapping.offset + length
-    if end > size:
-        if not (
-            not file.anonymous
-            and file.reserve(size, end - size)
-            and file.reserve(size, end - size, grow=True)
-        ):
-            file.kernel.set_file_size(file.fd, end)
-        try:
-            return remap(file, mapping.protection, mapping.offset, length)
-        except BaseException:
-            if file.size() == end:
-                file.kernel.set_file_size(file.fd, size)
-            raise
-    return remap(file, mapping.protection, mapping.offset, length)
+    if end <= size:
+        return remap(file, mapping.protection, mapping.offset, length)
+    if file.anonymous or not file.grow(end):
+        file.set_size(end)
+    try:
+        return remap(file, mapping.protection, mapping.offset, length)
+    except BaseException:
+        if file.size() == end:
+            file.set_size(size)
+        raise
 
 
 def protected(mapping: Mapping, protection: Protection) -> Mapping:
@@ -65,9 +64,11 @@ def protected(mapping: Mapping, protection: Protection) -> Mapping:
     The same bytes with another protection.
 
     :raises PermissionError: the descriptor was opened with fewer rights
+    :raises TruncatedError: the file does not reach the end of the map any more
     """
     if mapping.file is None:
         return _copied(mapping, mapping.length, protection)
+    mapping.check_reach(0, mapping.length)
     return remap(mapping.file, protection, mapping.offset, mapping.length)
 
 
@@ -79,4 +80,15 @@ def _copied(mapping: Mapping, length: int, protection: Protection) -> Mapping:
     for offset in range(0, min(length, mapping.length), step):
         count = min(step, length - offset, mapping.length - offset)
         new.write(offset, memoryview(mapping.read(offset, count)))
-    return new if stored_with is protection else protected(new, protection)
+    if stored_with is protection:
+        return new
+    if new.file is not None:
+        return protected(new, protection)
+    if protection is Protection.READ_EXECUTE:
+        raise OSError(
+            errno.ENOTSUP,
+            "memory with content cannot be made executable on this platform: map a file instead",
+        )
+    # Nobody is given a way to store to it; to the hardware it stays writable.
+    new.protection = protection
+    return new

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Coroutine, Generator
+from collections.abc import Awaitable, Generator
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, overload
 
@@ -19,11 +19,12 @@ from anyio import BusyResourceError, ClosedResourceError
 from . import _buffers
 from ._flusher import PendingFlush
 from ._open_map import OpenMap
+from ._opening import NOTHING
 from ._ranges import as_int, check_range
 from ._typing import Buffer
 from ._wait_graph import Claim
 
-_NO_STRAYS: list[object] = []
+_NO_STRAYS = _buffers.NONE
 
 _LINE = 4096
 """Bytes that readline() looks at first; doubled until the line ends. A page."""
@@ -40,21 +41,24 @@ class _View:
         "_cursor",
         "_length",
         "_offset",
+        "_owner",
         "_read_only",
         "_strays",
         "_writable",
     )
 
     def __init__(
-        self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
+        self, core: OpenMap, claim: Claim, offset: int, length: int, owner: object, writable: bool
     ) -> None:
         self._core = core
         self._claim: Claim | None = claim
         self._offset = offset
         self._length = length
+        self._owner = owner
         self._writable = writable
         self._cursor = 0
-        self._buffer = core.mapping.buffer(offset, length, writable=writable)
+        # Nobody closes or resizes under the claim.
+        self._buffer = core._mapping.buffer(offset, length, writable)  # type: ignore[union-attr]
         self._read_only: memoryview | None = None  # what as_slice() gave of a writable view
         # Origins of buffers that were withdrawn in vain, see _withdraw_buffer().
         self._strays: list[object] = _NO_STRAYS
@@ -351,6 +355,9 @@ class _View:
 
     def _release_buffer(self) -> bool:
         """Release what was given out. Whether no slice or array made from it is left."""
+        if self._read_only is None and self._strays is _NO_STRAYS:  # nearly always
+            self._strays = _buffers.release(self._buffer)
+            return not self._strays
         read_only, self._read_only = self._read_only, None
         given = (self._buffer,) if read_only is None else (self._buffer, read_only)
         strays = _buffers.release(*given)
@@ -435,6 +442,8 @@ class _View:
             return True
         self._claim = None
         clean = self._release_buffer()
+        if not clean and self._writable:
+            self._core.raw_stores()  # through what is still alive
         self._core.leave(claim)
         return clean
 
@@ -533,13 +542,7 @@ class MmapView(_View):
     it on has to see to that.
     """
 
-    __slots__ = ("_owner",)
-
-    def __init__(
-        self, core: OpenMap, claim: Claim, offset: int, length: int, owner: object, writable: bool
-    ) -> None:
-        self._owner = owner
-        super().__init__(core, claim, offset, length, writable)
+    __slots__ = ()
 
     def _use(self) -> Claim:
         claim = self._claim
@@ -575,11 +578,17 @@ class ViewOpening:
     __slots__ = ("_core", "_exclusive", "_length", "_load", "_offset", "_view")
 
     def __init__(
-        self, core: OpenMap, offset: int, length: int, exclusive: bool, load: bool
+        self,
+        core: OpenMap,
+        offset: SupportsIndex,
+        length: SupportsIndex | None,
+        exclusive: bool,
+        load: bool,
     ) -> None:
+        if core.closed:
+            core.check()  # raises
         self._core: OpenMap | None = core
-        self._offset = offset
-        self._length = length
+        self._offset, self._length = check_range(offset, length, core.mapping.length)
         self._exclusive = exclusive
         self._load = load
 
@@ -591,24 +600,26 @@ class ViewOpening:
         offset = self._offset
         length = self._length
         exclusive = self._exclusive
-        claim = Claim(offset, offset + length, exclusive, lock.check_entry())
-        if not lock.queue.add_if_free(claim):
+        task = lock.check_entry()
+        claim = Claim(offset, offset + length, exclusive, task)
+        waited = not lock.queue.add_if_free(claim)
+        if waited:
             await lock.wait_for((claim,))
         try:
-            if claim.links is None:
+            if not waited:
                 await core.loop.checkpoint()
             if not self._load:
                 core.still_inside(offset, length)
-            elif not core.is_ready_nowait(offset, length, write=exclusive):
+            elif not core.is_ready_nowait(offset, length, exclusive):
                 await core.make_ready(offset, length, write=exclusive)
                 core.still_inside(offset, length)
             if exclusive:
                 core.check_writable()
-            self._view = MmapView(core, claim, offset, length, claim.owner, exclusive)
-        except BaseException:
-            lock.release(claim)
+            view = self._view = MmapView(core, claim, offset, length, task, exclusive)
+        except BaseException as error:
+            lock.leave(claim, type(error))
             raise
-        return self._view
+        return view
 
     def __await__(self) -> Generator[Any, Any, MmapView]:
         return self.__aenter__().__await__()
@@ -618,8 +629,12 @@ class ViewOpening:
         exc_type: type[BaseException] | None,
         exc_value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, None]:
-        return self._view.__aexit__(exc_type, exc_value, traceback)
+    ) -> Awaitable[None]:
+        view = self._view
+        if exc_type is None and view._claim is not None and not view._core.closed:
+            # As the view's own, without a coroutine where there is nothing to wait for.
+            return NOTHING if view._give_back() else view._finish(False, failed=False)
+        return view.__aexit__(exc_type, exc_value, traceback)
 
 
 class MmapViewSync(_View):
@@ -638,7 +653,7 @@ class MmapViewSync(_View):
         self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
     ) -> None:
         self._handles = [1]  # how many handles the claim has, shared by them
-        super().__init__(core, claim, offset, length, writable)
+        super().__init__(core, claim, offset, length, None, writable)
 
     def _use(self) -> Claim:
         claim = self._claim

@@ -37,8 +37,8 @@ Args = TypeVarTuple("Args")
 DEFAULT_THREADS = 40
 """Of one event loop, for all its maps: as many as anyio's own limiter has."""
 
-IDLE_SECONDS = 10.0
-"""How long a thread without work stays: as in trio's thread cache."""
+IDLE_SECONDS = 2.0
+"""How long a thread without work stays. Out of the air: a new one costs 0.1 ms."""
 
 GROUP = 8
 GROUP_SECONDS = 0.001
@@ -132,18 +132,37 @@ class _Work:
             self.parking.wake()
 
     async def drain(self, loop: EventLoop) -> BaseException | None:
-        """Wait until it is done, whatever happens to the task meanwhile; gives what happened."""
+        """
+        Wait until it is done, whatever happens to the task meanwhile; gives what happened.
+
+        Who drains because of an exception raises the one given here instead, if there is one:
+        it came through a shield, so no scope of anyio will deliver it a second time. It is
+        raised outside the handler of the first one: anyio takes a CancelledError that has one
+        of a scope for its context for the scope's own, and would swallow it.
+        """
         interrupt: BaseException | None = None
-        with anyio.CancelScope(shield=True):
+        shield = anyio.CancelScope(shield=True)
+        shield.__enter__()
+        try:
             while not self.done:
                 self.parking = loop.parking()
                 try:
                     await self.parking.park()
+                except GeneratorExit:
+                    raise
                 except BaseException as exc:
                     # Native cancellation ignores the shield, and may come more than once;
                     # KeyboardInterrupt comes on trio.
                     interrupt = exc
-        return interrupt
+        except GeneratorExit:
+            # The coroutine of a forgotten task is being closed, after its event loop maybe:
+            # it cannot wait, and the scope cannot be left outside its task.
+            raise
+        except BaseException:
+            shield.__exit__(None, None, None)
+            raise
+        shield.__exit__(None, None, None)
+        return None if interrupt is None else without_frames(interrupt)
 
     def take_error(self) -> BaseException | None:
         """The error, and forget it: a cycle through its traceback would keep buffers alive."""
@@ -152,15 +171,21 @@ class _Work:
 
 
 class _Job(_Work, Generic[T]):
-    """One call in a thread."""
+    """One call in a thread. Its token, if it has one, goes back when the thread is done."""
 
-    __slots__ = ("_call", "_loop", "result")
+    __slots__ = ("_call", "_loop", "limiter", "result")
 
     def __init__(self, loop: EventLoop, call: Callable[[], T]) -> None:
         super().__init__()
         self._loop = loop
         self._call: Callable[[], T] | None = call
+        self.limiter: CapacityLimiter | None = None
         self.result: T | None = None
+
+    def deliver(self) -> None:
+        if self.limiter is not None:
+            self.limiter.release_on_behalf_of(self)
+        super().deliver()
 
     def __call__(self) -> None:
         call, self._call = self._call, None
@@ -168,9 +193,47 @@ class _Job(_Work, Generic[T]):
         try:
             self.result = call()
         except BaseException as exc:
-            self.error = exc
+            self.error = without_frames(exc)
         del call
         self._loop.post(self.deliver)
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """
+    The same exception without the way it took so far, if it is one that users will see.
+
+    The frames of its traceback refer to mappings and buffers. Who keeps the exception (a test,
+    a log, a task that was cancelled) would keep a closed map's descriptor open. Errors that
+    only a mistake of ours raises keep it.
+    """
+    if isinstance(error, _EXPECTED) or not isinstance(error, Exception):
+        error.__traceback__ = None
+        error.__context__ = None
+        if error.__cause__ is not None:
+            without_frames(error.__cause__)
+    return error
+
+
+_EXPECTED = (OSError, ValueError, MemoryError, BufferError)
+
+
+async def acquire_token(limiter: CapacityLimiter, borrower: object) -> None:
+    """
+    Wait for a token, under native cancellation too.
+
+    On asyncio a waiter of anyio's limiter that is cancelled natively in the very tick in which
+    it was woken takes the wake-up with it (anyio 4.16), and who waits behind it waits on.
+    """
+    try:
+        await limiter.acquire_on_behalf_of(borrower)
+    except GeneratorExit:
+        raise
+    except BaseException:
+        now = limiter.statistics()
+        if now.tasks_waiting and now.borrowed_tokens < now.total_tokens:
+            limiter.total_tokens += 1  # which wakes one
+            limiter.total_tokens -= 1
+        raise
 
 
 async def run(
@@ -194,21 +257,30 @@ async def run(
     await checkpoint_if_cancelled()
     try:
         limiter.acquire_on_behalf_of_nowait(job)
-    except anyio.WouldBlock:
-        await limiter.acquire_on_behalf_of(job)
+    except (anyio.WouldBlock, loop.would_block):
+        await acquire_token(limiter, job)
+    job.limiter = limiter
+    parking = job.parking = loop.parking()
     try:
-        parking = job.parking = loop.parking()
         start(job)
-        try:
-            await parking.park()
-        except BaseException:
-            await job.drain(loop)
-            if job.error is None and discard is not None:
-                result, job.result = job.result, None
-                start(lambda: discard(result))  # type: ignore[arg-type]
-            raise
-    finally:
+    except BaseException:
         limiter.release_on_behalf_of(job)
+        raise
+    interrupt: BaseException | None = None
+    try:
+        await parking.park()
+    except GeneratorExit:
+        raise  # forgotten: there is nobody who could wait
+    except BaseException:
+        interrupt = await job.drain(loop)
+        if job.error is None and discard is not None:
+            made = [job.result]
+            job.result = None
+            interrupt = await _finish(loop, lambda: discard(made.pop())) or interrupt  # type: ignore[arg-type]
+        if interrupt is None:
+            raise
+    if interrupt is not None:
+        raise interrupt
     error = job.take_error()
     if error is not None:
         raise error
@@ -222,16 +294,19 @@ async def finish(call: Callable[[], object]) -> None:
     It starts before the first await, takes no token of a limiter, and nobody can cancel it: a
     cancellation of the caller is raised when it has finished. ``call`` must not raise.
     """
-    loop = current_event_loop()
+    interrupt = await _finish(current_event_loop(), call)
+    if interrupt is not None:
+        raise interrupt
+
+
+async def _finish(loop: EventLoop, call: Callable[[], object]) -> BaseException | None:
     job = _Job(loop, call)
+    del call
     try:
         start(job)
     except RuntimeError:  # no more threads: better late on the loop than never
-        call()
-        return
-    interrupt = await job.drain(loop)
-    if interrupt is not None:
-        raise interrupt
+        job()
+    return await job.drain(loop)
 
 
 class Request(_Work):
@@ -256,6 +331,9 @@ class Request(_Work):
         """Do it, in a worker. What it raises reaches the task."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Let go of what it would have touched: it will not be done. From any thread."""
+
 
 R = TypeVar("R", bound=Request)
 
@@ -267,10 +345,14 @@ class Crew(Generic[R]):
     One hop serves a whole batch, so that the cost of a hop is shared, all reads of a batch are
     under way before the first is waited for, and one device flush serves all who asked before
     it began. At most ``threads`` batches are worked on at once; each holds one token of the
-    limiter. Where the limiter has none left, the tasks whose requests wait ask it in turn.
+    limiter. Where the limiter has none left, the crew is *starved* until one of the tasks whose
+    requests wait has *begged* a token of it; a task that leaves while it begs calls the next.
+    While others wait for the limiter, a thread gives its token back after each batch.
 
     :param perform: does a batch, in a worker, and must not raise; it sets ``error`` of the
-        requests that failed
+        requests that failed, and gives groups of those that are done. If it takes long it can
+        :meth:`take` what comes meanwhile, and must :meth:`put_back` what is left while others
+        wait for the limiter
     """
 
     def __init__(
@@ -280,32 +362,42 @@ class Crew(Generic[R]):
         *,
         threads: int,
         batch: int,
-        perform: Callable[[Sequence[R]], None] | None = None,
+        perform: Callable[[list[R]], Iterator[Sequence[R]]] | None = None,
     ) -> None:
         self._loop = loop
         self._limiter = limiter
         self._threads = threads
         self._batch = batch
-        self._perform = perform
+        self._perform = perform or _perform_each
         self._waiting: deque[R] = deque()
         # Between the loop and the threads: who takes the last request, and whether a request
         # was taken before it was abandoned. Held for a few instructions, never in a wait.
-        self._lock = threading.Lock()
+        # Re-entrant, because the garbage collector may run in between, and end something that
+        # abandons its requests.
+        self._lock = threading.RLock()
         self._active = 0
+        self._dropped = 0  # requests in the queue that were abandoned
         self._starved = False
         self._begging = False
+        self._yielding = False
 
     def submit(self, request: R) -> None:
         """
         Have it done, whether or not anybody waits for it.
 
         Where the limiter has no token it is done with the next request that a task waits for.
+
+        :raises RuntimeError: when the system gives no thread; then it is not done
         """
         with self._lock:
             self._waiting.append(request)
             wanted = self._active < self._threads
         if wanted:
-            self._hire()
+            try:
+                self._hire()
+            except BaseException:
+                self.abandon(request)
+                raise
 
     async def do(self, request: R, *, stay: bool = False) -> None:
         """Have it done and wait: :meth:`submit`, then :meth:`wait`."""
@@ -323,36 +415,59 @@ class Crew(Generic[R]):
         :param stay: the request uses what belongs to the caller
         :raises BaseException: what the request's ``perform`` raised
         """
+        interrupt: BaseException | None = None
         try:
             while not request.done:
                 parking = request.parking = request.parking or self._loop.parking()
-                if self._starved and not self._begging:
+                if self._starved and not self._begging and not request._taken:
                     await self._beg()
                 else:
                     await parking.park()
                     request.parking = None
+        except GeneratorExit:
+            # The coroutine of a forgotten task, closed in any thread: nothing can be awaited.
+            self.abandon(request)
+            self._loop.post(self._call_next)
+            raise
         except BaseException:
             self.abandon(request)
+            self._call_next()
+            self._clear_out()
             if stay and request._taken:
-                await request.drain(self._loop)
-            raise
+                interrupt = await request.drain(self._loop)
+            if interrupt is None:
+                raise
+        if interrupt is not None:
+            raise interrupt
         error = request.take_error()
         if error is not None:
             raise error
 
     def abandon(self, request: R) -> None:
-        """Nobody wants it any more: drop it unless a thread has taken it."""
+        """Nobody wants it any more: drop it unless a thread has taken it. From any thread."""
         request.parking = None
         with self._lock:
-            request._abandoned = not request._taken
+            if request._taken or request._abandoned:
+                return
+            request._abandoned = True
+            self._dropped += 1
+        request.forget()
+
+    def _clear_out(self) -> None:
+        """A crew that is starved for long must not collect what was abandoned meanwhile."""
+        with self._lock:
+            if self._dropped > 2 * self._batch and self._dropped * 2 > len(self._waiting):
+                self._waiting = deque(each for each in self._waiting if not each._abandoned)
+                self._dropped = 0
 
     def _hire(self) -> None:
         token = object()
         try:
             self._limiter.acquire_on_behalf_of_nowait(token)
-        except anyio.WouldBlock:
-            # A thread of ours that is at work will come round; else somebody has to ask.
-            self._starved = self._active == 0
+        except (anyio.WouldBlock, self._loop.would_block):
+            with self._lock:
+                # A thread of ours that is at work will come round; else somebody has to ask.
+                self._starved = self._active == 0 and bool(self._waiting)
             return
         self._employ(token)
 
@@ -360,54 +475,109 @@ class Crew(Generic[R]):
         token = object()
         self._begging = True
         try:
-            await self._limiter.acquire_on_behalf_of(token)
-        except BaseException:
+            await acquire_token(self._limiter, token)
+        finally:
             self._begging = False
-            for request in self._waiting:  # the next one asks in our place
-                if request.parking is not None and not request._abandoned:
-                    request.parking.wake()
-                    break
-            raise
-        self._begging = False
         self._employ(token)
 
-    def _employ(self, token: object) -> None:
-        self._starved = False
+    def _call_next(self) -> None:
+        """Have another task ask the limiter, in the place of one that does not any more."""
+        if not self._starved or self._begging:
+            return
         with self._lock:
-            self._active += 1
+            for request in self._waiting:
+                if request.parking is not None and not request._abandoned:
+                    request.parking.wake()
+                    return
+
+    def _employ(self, token: object) -> None:
+        with self._lock:
+            self._starved = False
+            # Somebody else may have got a token while this one was being begged.
+            wanted = self._active < self._threads and bool(self._waiting)
+            self._active += wanted
         try:
-            start(lambda: self._work(token))
+            if wanted:
+                start(lambda: self._work(token))
         except BaseException:
+            wanted = False
             with self._lock:
                 self._active -= 1
-            self._limiter.release_on_behalf_of(token)
-            raise
+                self._starved = self._active == 0 and bool(self._waiting)
+            if self._active == 0:
+                raise
+        finally:
+            if not wanted:
+                self._limiter.release_on_behalf_of(token)
 
     def _work(self, token: object) -> None:
         while requests := self._take():
-            if self._perform is not None:
-                self._perform(requests)
-                self._loop.post(self._deliver, requests)
-            else:
-                for group in _perform_each(requests):
-                    self._loop.post(self._deliver, group)
-        self._loop.post(self._limiter.release_on_behalf_of, token)
+            for group in self._perform(requests):
+                self._loop.post(self._deliver, group)
+        self._loop.post(self._retire, token)
 
     def _take(self) -> list[R]:
-        requests: list[R] = []
         with self._lock:
-            while self._waiting and len(requests) < self._batch:
-                request = self._waiting.popleft()
-                if not request._abandoned:
-                    request._taken = True
-                    requests.append(request)
+            requests = self.take()
             if not requests:
                 self._active -= 1
         return requests
 
-    @staticmethod
-    def _deliver(requests: Sequence[R]) -> None:
+    def take(self) -> list[R]:
+        """A batch of what waits; none while others wait for the limiter. For ``perform``."""
+        requests: list[R] = []
+        with self._lock:
+            while self._waiting and len(requests) < self._batch and not self._yielding:
+                request = self._waiting.popleft()
+                if request._abandoned:
+                    self._dropped -= 1
+                else:
+                    request._taken = True
+                    requests.append(request)
+        return requests
+
+    def put_back(self, requests: Sequence[R]) -> bool:
+        """
+        Have requests done by a later ``perform``, if others wait for the limiter; whether so.
+
+        Found out with every group that ``perform`` gives, also with an empty one.
+        """
+        with self._lock:
+            if self._yielding:
+                for request in reversed(requests):
+                    request._taken = False
+                    self._waiting.appendleft(request)
+            return self._yielding
+
+    def _deliver(self, requests: Sequence[R]) -> None:
+        limiter = self._limiter
+        if limiter.available_tokens <= 0 and limiter.statistics().tasks_waiting:
+            self._yielding = True
         for request in requests:
+            request.deliver()
+
+    def _retire(self, token: object) -> None:
+        """A thread has ended; there may be work left, if it ended for others' sake."""
+        self._yielding = False
+        self._limiter.release_on_behalf_of(token)
+        with self._lock:
+            wanted = self._active < self._threads and bool(self._waiting)
+        if wanted:
+            try:
+                self._hire()
+            except RuntimeError as exc:  # no more threads
+                self._give_up(exc)
+            self._call_next()
+
+    def _give_up(self, error: RuntimeError) -> None:
+        with self._lock:
+            requests = list(self._waiting)
+            self._waiting.clear()
+            self._dropped = 0
+        for request in requests:
+            request._taken = True
+            request.error = RuntimeError(*error.args)
+            request.forget()
             request.deliver()
 
 
@@ -415,14 +585,15 @@ def _perform_each(requests: Sequence[R]) -> Iterator[Sequence[R]]:
     """Do one after another; gives those that are done, a few at a time."""
     if len(requests) > 1:
         for request in requests:
-            request.announce()
+            with suppress(Exception):  # a hint; what is wrong comes up again
+                request.announce()
     group: list[R] = []
     since = time.monotonic()
     for request in requests:
         try:
             request.perform()
         except BaseException as exc:
-            request.error = exc
+            request.error = without_frames(exc)
         group.append(request)
         # All at once, and the loop would run all their tasks before anything else.
         if len(group) == GROUP or time.monotonic() - since > GROUP_SECONDS:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.rigs.plugin"]
+
+# No deadlines: the machines that run this are shared. AIOMMAP_HYPOTHESIS=thorough runs as many
+# random sequences as the issues ask for.
+settings.register_profile(
+    "quick", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100
+)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
+settings.load_profile(os.environ.get("AIOMMAP_HYPOTHESIS", "quick"))
 
 
 def eager_loop() -> asyncio.AbstractEventLoop:

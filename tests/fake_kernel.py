@@ -402,6 +402,10 @@ class FakeKernel:
         self._track(fd)
         return self._call(self.kernel.file_size, "file_size", fd)
 
+    def known_file_size(self, fd: int) -> int:
+        self._track(fd)
+        return self._call(self.kernel.known_file_size, "known_file_size", fd)
+
     def set_file_size(self, fd: int, size: int) -> None:
         self._track(fd)
         self._call(self.kernel.set_file_size, "set_file_size", fd, size)

@@ -28,9 +28,6 @@ def file(tmp_path: Path) -> Iterator[OpenFile]:
         yield opened
 
 
-# The fake kernel
-
-
 def test_fake_has_every_function() -> None:
     """What the protocol asks for is there, and mypy checks the types."""
     fake: Kernel = FakeKernel()

@@ -28,9 +28,6 @@ def file(tmp_path: Path) -> Iterator[OpenFile]:
         yield opened
 
 
-# Linux
-
-
 def test_capabilities_agree_with_the_calls(file: OpenFile, tmp_path: Path) -> None:
     """On this machine everything that Linux 6.5 can do is found, in a directory as in a file."""
     for path in (str(file.path), str(tmp_path)):

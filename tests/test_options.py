@@ -99,4 +99,4 @@ def test_options_are_booleans(name: str, value: object) -> None:
 def test_options_are_keyword_only() -> None:
     """Booleans are given by name."""
     with pytest.raises(TypeError, match="positional"):
-        MmapOptions(True)  # type: ignore[misc]
+        MmapOptions(True)  # type: ignore[call-arg]

@@ -126,12 +126,13 @@ def test_page_span_is_the_smallest_that_covers(offset: int, length: int) -> None
 @given(offsets, offsets, st.integers(1, 3 * PAGE))
 def test_pieces_cover_the_range_once(offset: int, length: int, size: int) -> None:
     """Pieces follow each other, are not empty, and end at multiples of the size."""
-    found = pieces(offset, length, size)
-    assert sum(count for _, count in found) == length
-    for index, (start, count) in enumerate(found):
-        assert start == offset + sum(n for _, n in found[:index])
+    end = offset
+    for start, count in pieces(offset, length, size):
+        assert start == end
         assert 0 < count <= size
-        assert (start + count) % size == 0 or index == len(found) - 1
+        end += count
+        assert end % size == 0 or end == offset + length
+    assert end == offset + length
 
 
 def test_largest_offset_is_off_t() -> None:

@@ -229,7 +229,7 @@ async def test_bytes_but_no_iteration(m: AsyncMmap) -> None:
     async with m.view(0, 10) as v:
         assert bytes(v) == inc(10)
         with pytest.raises(TypeError, match="not iterable"):
-            iter(v)  # type: ignore[call-overload]
+            iter(v)
         with pytest.raises(TypeError, match=r"iterable|container"):
             assert 3 in v  # type: ignore[operator]
 
@@ -252,7 +252,8 @@ async def test_buffer_protocol(m: AsyncMmap) -> None:
     """From 3.12, memoryview(v) is a buffer of the region, and counts as derived from it."""
     v = await m.view_mut(0, 10)
     with memoryview(v) as view:  # type: ignore[arg-type, unused-ignore]
-        assert (view.readonly, view) == (False, inc(10))
+        assert not view.readonly
+        assert view == inc(10)
         view[0] = 42
     assert v[0] == 42
     kept = memoryview(v)  # type: ignore[arg-type, unused-ignore]
@@ -294,7 +295,7 @@ async def test_the_buffer_dies_with_the_view(m: AsyncMmap) -> None:
         lambda: v.write(b"a"),
         v.__aenter__,
     ):
-        assert isinstance(await catch(call), ClosedResourceError)  # type: ignore[arg-type]
+        assert isinstance(await catch(call), ClosedResourceError)
 
 
 @pytest.mark.parametrize("how", ["slice", "cast", "as_slice"])
@@ -321,7 +322,7 @@ async def test_derived_buffers_do_not_hide_the_exception_of_the_block(m: AsyncMm
         async with m.view(0, 10) as v:
             kept = v.buffer[2:4]
             raise KeyError("mine")
-    assert kept == inc(2, 2)
+    assert bytes(kept or b"") == inc(2, 2)
     assert await free(m)
 
 
@@ -411,7 +412,7 @@ async def test_a_view_belongs_to_its_task(m: AsyncMmap) -> None:
             lambda: v.write(b"a"),
             v.__aenter__,
         ):
-            assert isinstance(await catch(call), BusyResourceError)  # type: ignore[arg-type]
+            assert isinstance(await catch(call), BusyResourceError)
         assert (len(v), v.writable, v[0]) == (10, True, 0)
 
 
@@ -609,6 +610,7 @@ async def test_what_was_written_before_a_downgrade_is_flushed_at_the_end(tmp_pat
 
 async def test_readers_share_and_writers_do_not(m: AsyncMmap) -> None:
     """Two readers may hold a region, a writer only alone; disjoint regions do not meet."""
+
     async def look() -> bytes:
         async with m.view_nowait(0, 10) as other:
             return bytes(other)
@@ -735,14 +737,8 @@ async def test_a_view_waits_and_the_map_shrinks(m: AsyncMmap) -> None:
         for take in (m.view, m.view_mut):
             await m.resize(N)
             held = await m.view_mut(0, 10)
-            started = anyio.Event()
-
-            async def shrink() -> None:
-                started.set()
-                await m.resize(100)
-
             async with anyio.create_task_group() as tg:
-                tg.start_soon(shrink)
+                tg.start_soon(m.resize, 100)
                 await anyio.wait_all_tasks_blocked()
                 opening = take(90, 20, load=load)
                 tg.start_soon(held_open, opening)
@@ -949,7 +945,7 @@ async def test_into_view_consumes_the_map(m: AsyncMmap) -> None:
             m.as_mut_slice,
             m.__aenter__,
         ):
-            assert isinstance(await catch(call), ClosedResourceError)  # type: ignore[arg-type]
+            assert isinstance(await catch(call), ClosedResourceError)
         v[0] = 200
         assert await v.read(3) == b"\xc8\1\2"
         await v.flush()

@@ -57,6 +57,16 @@ _process_vm_readv = foreign(
     ctypes.c_ulong,
     ctypes.c_ulong,
 )
+_statx = foreign(
+    _libc,
+    "statx",
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+)
 _syscall = foreign(
     _libc,
     "syscall",
@@ -80,6 +90,9 @@ _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3
 _F_OFD_GETLK = 36
 _AGAIN_TRIES = 10  # of a madvise that says EAGAIN, before it is believed; out of the air
 _COPY_MOST = 0x7FFFFFFF // page_size * page_size  # MAX_RW_COUNT: no call moves more at once
+_AT_EMPTY_PATH = 0x1000
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_SIZE = 0x200
 _SYS_CACHESTAT = 451  # the same number on every architecture
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
 
@@ -125,6 +138,15 @@ class _Cachestat(ctypes.Structure):
     )
 
 
+class _Statx(ctypes.Structure):
+    # The size is at byte 40 of 256.
+    _fields_ = (
+        ("before", ctypes.c_uint64 * 5),
+        ("size", ctypes.c_uint64),
+        ("after", ctypes.c_uint64 * 26),
+    )
+
+
 def _unsupported() -> OSError:
     return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -138,6 +160,18 @@ def duplicate(fd: int) -> int:
 
 def file_size(fd: int) -> int:
     return os.fstat(fd).st_size
+
+
+def known_file_size(fd: int) -> int:
+    # FUSE, NFS and their like answer fstat() from their server once their memory is stale.
+    if _statx is None:
+        return file_size(fd)
+    answer = _Statx()
+    if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_SIZE, ctypes.byref(answer)):
+        if ctypes.get_errno() == errno.ENOSYS:  # before Linux 4.11, and in some containers
+            return file_size(fd)
+        raise error_from_errno()
+    return int(answer.size)
 
 
 def set_file_size(fd: int, size: int) -> None:

@@ -69,6 +69,9 @@ class Kernel(Protocol):
     def file_size(self, fd: int) -> int:
         """Bytes of the file now."""
 
+    def known_file_size(self, fd: int) -> int:
+        """As :meth:`file_size`, as far as this kernel knows: no server is asked, no wait."""
+
     def set_file_size(self, fd: int, size: int) -> None:
         """Cut the file, or grow it with a hole."""
 

@@ -1,0 +1,982 @@
+"""The region lock as tasks see it, on every event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import suppress
+from typing import Any, cast
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+from anyio import TASK_STATUS_IGNORED, ClosedResourceError, WouldBlock
+from anyio.abc import TaskGroup, TaskStatus
+
+from aiommap import DeadlockError, RegionLease, RegionLock, RegionLockStatistics
+from aiommap._claim_lock import GRANTS_PER_YIELD, ClaimLock
+from aiommap._event_loop import Parking
+from aiommap._region_lock import RegionRequest
+
+pytestmark = pytest.mark.anyio
+
+Record = list[str]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the others run until it is so."""
+    with anyio.fail_after(20):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def queued(lock: RegionLock, number: int) -> None:
+    """Until so many requests wait."""
+    await until(lambda: lock.statistics().waiting == number)
+
+
+def assert_unused(lock: RegionLock) -> None:
+    now = lock.statistics()
+    assert (now.held_shared, now.held_exclusive, now.waiting) == (0, 0, 0)
+    lock._claims.queue._check()
+    assert not lock._claims.queue._claims()
+
+
+async def hold(
+    request: RegionRequest,
+    name: str,
+    record: Record,
+    leave: anyio.Event,
+    *,
+    task_status: TaskStatus[None] = TASK_STATUS_IGNORED,
+) -> None:
+    """Hold a region until told to leave; started when it is held."""
+    async with request:
+        record.append(name)
+        task_status.started()
+        await leave.wait()
+    record.append(f"-{name}")
+
+
+# The basics
+
+
+async def test_await_and_async_with() -> None:
+    """A request is awaited or entered; the lease says what it holds; leaving frees it."""
+    lock = RegionLock()
+    lease = await lock.shared(-5, 10**30)
+    assert (lease.start, lease.stop, lease.exclusive) == (-5, 10**30, False)
+    lease.release()
+    async with lock.exclusive(0, 1) as lease:
+        assert (lease.start, lease.stop, lease.exclusive) == (0, 1, True)
+        assert lock.statistics() == RegionLockStatistics(0, 1, 0, 0)
+    assert_unused(lock)
+
+
+async def test_leaving_frees_when_the_block_fails() -> None:
+    """An exception passes through and the region is free."""
+    lock = RegionLock()
+    with pytest.raises(KeyError, match="mine"):
+        async with lock.exclusive(0, 1):
+            raise KeyError("mine")
+    assert_unused(lock)
+
+
+async def test_lease_that_ended_inside_its_block() -> None:
+    """Releasing or splitting inside the block is fine; leaving does nothing then."""
+    lock = RegionLock()
+    async with lock.exclusive(0, 2) as lease:
+        lease.release()
+    async with lock.exclusive(0, 2) as lease:
+        left, right = lease.split_at(1)
+    assert lock.statistics().held_exclusive == 2
+    left.release()
+    right.release()
+    assert_unused(lock)
+
+
+async def test_empty_ranges_conflict_with_nothing() -> None:
+    """A lease of nothing is granted at once and holds nobody up, wherever it lies."""
+    lock = RegionLock()
+    async with lock.exclusive(0, 10), lock.exclusive(5, 5), lock.exclusive(5, 5) as empty:
+        assert (empty.start, empty.stop) == (5, 5)
+        left, right = empty.split_at(5)
+        left.restrict(5, 5)
+        left.downgrade()
+        left.release()
+        right.release()
+    assert_unused(lock)
+
+
+@pytest.mark.parametrize("ask", ["shared", "exclusive", "shared_nowait", "exclusive_nowait"])
+async def test_arguments_are_checked_when_called(ask: str) -> None:
+    """Wrong arguments raise in the call itself, before anything is awaited."""
+    lock = RegionLock()
+    call: Callable[[Any, Any], object] = getattr(lock, ask)
+    with pytest.raises(ValueError, match="start 3 is greater than stop 2"):
+        call(3, 2)
+    with pytest.raises(TypeError, match=r"stop must be an integer, not 2\.5"):
+        call(1, 2.5)
+    with pytest.raises(TypeError, match="start must be an integer, not True"):
+        call(True, 3)
+    assert_unused(lock)
+
+
+async def test_request_runs_once() -> None:
+    """A second await or enter of a request raises; one never awaited leaves nothing behind."""
+    lock = RegionLock()
+    request = lock.exclusive(0, 1)
+    assert repr(request) == "<RegionRequest [0, 1) exclusive>"
+    (await request).release()
+    assert repr(request) == "<RegionRequest used>"
+    with pytest.raises(RuntimeError, match="make a new one"):
+        await request
+    with pytest.raises(RuntimeError, match="make a new one"):
+        async with request:
+            pytest.fail("entered twice")
+    lock.exclusive(0, 1)
+    assert_unused(lock)
+
+
+async def test_lease_that_ended_is_refused() -> None:
+    """Everything but leaving raises on a lease that was released."""
+    lock = RegionLock()
+    lease = await lock.exclusive(0, 1)
+    assert repr(lease) == "<RegionLease [0, 1) exclusive>"
+    lease.release()
+    assert repr(lease) == "<RegionLease ended>"
+    uses: list[Callable[[], object]] = [
+        lease.release,
+        lease.downgrade,
+        lambda: lease.split_at(0),
+        lambda: lease.restrict(0, 1),
+        lambda: lease.start,
+        lambda: lease.stop,
+        lambda: lease.exclusive,
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="this lease has ended"):
+            use()
+    with pytest.raises(RuntimeError, match="this lease has ended"):
+        async with lease:
+            pytest.fail("entered after its end")
+
+
+async def test_split_and_restrict_stay_inside() -> None:
+    """split_at() and restrict() refuse what is outside, and nothing has changed then."""
+    lock = RegionLock()
+    async with lock.exclusive(10, 20) as lease:
+        with pytest.raises(ValueError, match=r"cannot split \[10, 20\) at 21, which is outside"):
+            lease.split_at(21)
+        with pytest.raises(ValueError, match=r"\[9, 20\) is not inside the lease of \[10, 20\)"):
+            lease.restrict(9, 20)
+        with pytest.raises(ValueError, match="start 12 is greater than stop 11"):
+            lease.restrict(12, 11)
+        assert (lease.start, lease.stop) == (10, 20)
+
+
+async def test_nowait() -> None:
+    """The nowait forms take what is free and raise WouldBlock where they would wait."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.shared(0, 10), "reader", record, leave)
+        tg.start_soon(hold, lock.exclusive(5, 15), "writer", record, leave)
+        await queued(lock, 1)
+        for ask in (lock.exclusive_nowait, lock.shared_nowait):
+            with pytest.raises(WouldBlock):
+                ask(14, 20)
+        with pytest.raises(WouldBlock):
+            lock.exclusive_nowait(0, 1)
+        lock.shared_nowait(0, 1).release()
+        lock.exclusive_nowait(15, 20).release()
+        leave.set()
+    assert_unused(lock)
+
+
+async def test_repr_and_statistics() -> None:
+    """A lock shows what is held, what waits, and the longest queue there ever was."""
+    lock = RegionLock()
+    leave = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.shared(0, 10), "reader", [], leave)
+        await tg.start(hold, lock.exclusive(10, 20), "writer", [], leave)
+        for _ in range(3):
+            tg.start_soon(hold, lock.exclusive(0, 20), "all", [], leave)
+        await queued(lock, 3)
+        assert repr(lock) == "<RegionLock held shared 1, held exclusive 1, waiting 3>"
+        assert lock.statistics() == RegionLockStatistics(1, 1, 3, 3)
+        leave.set()
+    assert lock.statistics() == RegionLockStatistics(0, 0, 0, 3)
+
+
+# Fairness
+
+
+async def test_writer_against_a_stream_of_readers() -> None:
+    """A writer waits for the readers before it, not for those who keep coming."""
+    lock = RegionLock()
+    record: Record = []
+    leave = [anyio.Event() for _ in range(3)]
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.shared(0, 10), "first", record, leave[0])
+        await tg.start(hold, lock.shared(5, 15), "second", record, leave[1])
+        tg.start_soon(hold, lock.exclusive(0, 20), "writer", record, leave[2])
+        await queued(lock, 1)
+        for n in range(20):
+            tg.start_soon(hold, lock.shared(n, n + 1), "late", record, leave[2])
+            await queued(lock, n + 2)
+        leave[0].set()
+        await until(lambda: "-first" in record)
+        assert record == ["first", "second", "-first"]
+        leave[1].set()
+        await until(lambda: "writer" in record)
+        assert record[3:] == ["-second", "writer"]
+        leave[2].set()
+    assert record[5] == "-writer"
+    assert record[6:26] == ["late"] * 20
+    assert_unused(lock)
+
+
+async def test_everything_against_hammering_narrow_requests() -> None:
+    """A request for everything comes to its turn while narrow ones come in all the time."""
+    lock = RegionLock()
+    stop = False
+
+    async def hammer(n: int) -> None:
+        while not stop:
+            async with lock.exclusive(n, n + 1):
+                await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tg:
+        for n in range(10):
+            tg.start_soon(hammer, n)
+        await until(lambda: lock.statistics().held_exclusive > 5)
+        for _ in range(5):
+            async with lock.exclusive(-(10**9), 10**9):
+                assert lock.statistics().held_exclusive == 1
+        stop = True
+    assert_unused(lock)
+
+
+async def test_blocked_head_does_not_delay_disjoint_requests() -> None:
+    """Who is behind a waiting request in time but not in range is granted at once."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.exclusive(0, 10), "holder", record, leave)
+        tg.start_soon(hold, lock.exclusive(5, 15), "head", record, leave)
+        await queued(lock, 1)
+        await tg.start(hold, lock.exclusive(15, 20), "disjoint", record, leave)
+        assert record == ["holder", "disjoint"]
+        leave.set()
+
+
+async def test_readers_that_queue_together_run_together() -> None:
+    """All readers behind a writer hold their regions at the same time after it."""
+    lock = RegionLock()
+    record: Record = []
+    leave_writer, leave = anyio.Event(), anyio.Event()
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.exclusive(0, 100), "writer", record, leave_writer)
+        for n in range(10):
+            tg.start_soon(hold, lock.shared(n, 50 + n), "reader", record, leave)
+        await queued(lock, 10)
+        leave_writer.set()
+        await until(lambda: record.count("reader") == 10)
+        assert lock.statistics().held_shared == 10
+        leave.set()
+
+
+async def test_order_is_order_of_arrival_where_ranges_overlap() -> None:
+    """Writers on one range, and those that overlap it, follow one another as they came."""
+    lock = RegionLock()
+    record: Record = []
+    leave, gone = anyio.Event(), anyio.Event()
+    gone.set()
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.exclusive(0, 100), "holder", record, leave)
+        for n in range(20):
+            request = lock.exclusive(n, 50) if n % 2 else lock.exclusive(25, 75 + n)
+            tg.start_soon(hold, request, str(n), record, gone)
+            await queued(lock, n + 1)
+        leave.set()
+    assert [name for name in record[2:] if name[0] != "-"] == [str(n) for n in range(20)]
+
+
+async def test_one_wake_up_per_grant() -> None:
+    """A release wakes those whom it grants, each once, and no one else."""
+    lock = RegionLock()
+    record: Record = []
+    leave, gone = anyio.Event(), anyio.Event()
+    gone.set()
+    woken: list[object] = []
+
+    class Spy:
+        def __init__(self, parking: Parking) -> None:
+            self.parking = parking
+
+        def wake(self) -> None:
+            woken.append(self)
+            self.parking.wake()
+
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.exclusive(0, 100), "holder", record, leave)
+        for n in range(30):
+            tg.start_soon(hold, lock.exclusive(n % 3, 10), str(n), record, gone)
+        await queued(lock, 30)
+        for lead in lock._claims.queue._waiting:
+            assert lead.links is not None
+            lead.links.waiter = Spy(lead.links.waiter)
+        leave.set()
+    assert len(woken) == len(set(map(id, woken))) == 30
+
+
+# Yielding
+
+
+async def test_free_region_yields_exactly_once() -> None:
+    """By default each uncontended request lets every other task have one turn."""
+    lock = RegionLock()
+    turns = 0
+    stop = False
+
+    async def other() -> None:
+        nonlocal turns
+        while not stop:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(other)
+        await until(lambda: turns > 2)
+        before = turns
+        for n in range(50):
+            async with lock.exclusive(n, n + 1):
+                pass
+        # A turn sooner or later, as trio shuffles.
+        assert abs(turns - before - 50) <= 1
+        stop = True
+
+
+async def test_fast_lock_lets_others_run_now_and_then() -> None:
+    """A fast lock does not yield, but for once in so many grants: a loop starves nobody."""
+    lock = RegionLock(fast_acquire=True)
+    turns = 0
+    stop = False
+
+    async def other() -> None:
+        nonlocal turns
+        while not stop:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(other)
+        await until(lambda: turns > 2)
+        before = turns
+        for n in range(GRANTS_PER_YIELD - 1):
+            async with lock.exclusive(n, n + 1):
+                pass
+        assert turns == before
+        for n in range(10 * GRANTS_PER_YIELD):
+            (await lock.shared(n, n + 1)).release()
+        assert abs(turns - before - 10) <= 1
+        stop = True
+
+
+# Cancellation
+
+
+@pytest.mark.parametrize("order", ["cancel", "cancel, release", "release, cancel"])
+@pytest.mark.parametrize("mode", ["shared", "exclusive"])
+async def test_cancelled_waiter_leaves_no_trace(order: str, mode: str) -> None:
+    """Cancelled before, or in the same tick as its grant, a waiter passes the region on."""
+    lock = RegionLock()
+    record: Record = []
+    leave, forever = anyio.Event(), anyio.Event()
+    scope = anyio.CancelScope()
+
+    async def victim() -> None:
+        with scope:
+            await hold(getattr(lock, mode)(0, 10), "victim", record, forever)
+
+    async with anyio.create_task_group() as tg:
+        lease = await lock.exclusive(0, 10)
+        tg.start_soon(victim)
+        await queued(lock, 1)
+        tg.start_soon(hold, lock.exclusive(5, 6), "next", record, leave)
+        await queued(lock, 2)
+        for action in order.split(", "):
+            scope.cancel() if action == "cancel" else lease.release()
+        if order == "cancel":
+            await queued(lock, 1)
+            lease.release()
+        await until(lambda: "next" in record)
+        leave.set()
+    # On trio, who was granted first gets its region and is cancelled after that.
+    assert [name for name in record if "victim" not in name] == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_cancelled_writer_lets_the_readers_behind_it_go() -> None:
+    """Readers that wait for a waiting writer only go on when it gives up."""
+    lock = RegionLock()
+    record: Record = []
+    leave, forever = anyio.Event(), anyio.Event()
+    async with anyio.create_task_group() as tg:
+        await tg.start(hold, lock.shared(0, 10), "reader", record, leave)
+        async with anyio.create_task_group() as writer:
+            writer.start_soon(hold, lock.exclusive(0, 10), "writer", record, forever)
+            await queued(lock, 1)
+            tg.start_soon(hold, lock.shared(0, 10), "behind", record, leave)
+            await queued(lock, 2)
+            writer.cancel_scope.cancel()
+        await until(lambda: "behind" in record)
+        leave.set()
+    assert_unused(lock)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("how", ["await", "async with", "ranges"])
+async def test_grant_that_meets_a_cancellation_is_given_back(fast: bool, how: str) -> None:
+    """A cancelled scope gets no region, or one that it leaves again."""
+    lock = RegionLock(fast_acquire=fast)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        if how == "await":
+            (await lock.exclusive(0, 1)).release()
+        elif how == "ranges":
+            claims = lock._claims
+            claims.release(await claims.acquire_ranges([(0, 1, True), (2, 3, False)]))
+        else:
+            async with lock.exclusive(0, 1):
+                pass
+    assert_unused(lock)
+
+
+def asyncio_only(backend_name: str) -> None:
+    if backend_name != "asyncio":
+        pytest.skip("native cancellation is asyncio's")
+
+
+@pytest.mark.parametrize("how", ["await", "async with"])
+async def test_native_cancellation_of_the_yield(backend_name: str, how: str) -> None:
+    """task.cancel() that meets the yield after a grant gives the grant back."""
+    asyncio_only(backend_name)
+    lock = RegionLock()
+
+    async def victim() -> None:
+        if how == "await":
+            await lock.exclusive(0, 1)
+        async with lock.exclusive(0, 1):
+            pass
+        pytest.fail("not cancelled")
+
+    task = asyncio.create_task(victim())
+    await until(lambda: lock.statistics().held_exclusive == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert_unused(lock)
+
+
+@pytest.mark.parametrize("order", ["cancel", "cancel, release", "release, cancel"])
+async def test_native_cancellation_of_a_waiter(backend_name: str, order: str) -> None:
+    """task.cancel() before or in the same tick as the grant passes the region on."""
+    asyncio_only(backend_name)
+    lock = RegionLock()
+    forever = anyio.Event()
+    record: Record = []
+    lease = await lock.exclusive(0, 10)
+    task = asyncio.create_task(hold(lock.exclusive(0, 10), "victim", record, forever))
+    await queued(lock, 1)
+    forever.set()
+    other = asyncio.create_task(hold(lock.exclusive(0, 10), "next", record, forever))
+    await queued(lock, 2)
+    for action in order.split(", "):
+        task.cancel() if action == "cancel" else lease.release()
+    if order == "cancel":
+        await queued(lock, 1)
+        lease.release()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await other
+    assert record == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_native_timeout_around_a_waiter(backend_name: str) -> None:
+    """asyncio.timeout() that ends while a task waits leaves no trace."""
+    asyncio_only(backend_name)
+    lock = RegionLock()
+    async with anyio.create_task_group() as tg:
+        leave = anyio.Event()
+        await tg.start(hold, lock.exclusive(0, 1), "holder", [], leave)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await lock.exclusive(0, 1)
+        assert lock.statistics().waiting == 0
+        leave.set()
+    assert_unused(lock)
+
+
+async def test_storm_of_cancellations() -> None:
+    """Hundreds of tasks that wait, hold and are cancelled at any point leave an unused lock."""
+    lock = RegionLock()
+    inside: dict[int, tuple[int, int, bool]] = {}
+
+    async def worker(n: int, tg: TaskGroup) -> None:
+        start, exclusive = n * 7 % 40, n % 3 == 0
+        stop = start + 1 + n % 13
+        async with (lock.exclusive if exclusive else lock.shared)(start, stop):
+            for low, high, alone in inside.values():
+                assert high <= start or stop <= low or not (exclusive or alone)
+            inside[n] = start, stop, exclusive
+            try:
+                for _ in range(n % 4):
+                    await anyio.lowlevel.checkpoint()
+            finally:
+                del inside[n]
+        if n % 5 == 0:
+            tg.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as outer:
+        for group in range(20):
+
+            async def run(group: int = group) -> None:
+                async with anyio.create_task_group() as tg:
+                    for n in range(20):
+                        tg.start_soon(worker, 20 * group + n + 1, tg)
+
+            outer.start_soon(run)
+    assert_unused(lock)
+
+
+# Ownership and deadlocks
+
+
+async def test_own_hold_is_a_deadlock() -> None:
+    """A task that asks for what it holds in a conflicting way is told at once."""
+    lock = RegionLock()
+    async with lock.exclusive(0, 10):
+        for ask in (lock.shared, lock.exclusive):
+            with pytest.raises(DeadlockError, match=r"holds \[0, 10\) exclusive itself"):
+                await ask(9, 11)
+        for ask_now in (lock.shared_nowait, lock.exclusive_nowait):
+            with pytest.raises(DeadlockError, match=r"holds \[0, 10\) exclusive itself"):
+                ask_now(9, 11)
+    async with lock.shared(0, 10):
+        with pytest.raises(DeadlockError, match=r"holds \[0, 10\) shared itself"):
+            async with lock.exclusive(5, 6):
+                pytest.fail("upgraded")
+    assert_unused(lock)
+
+
+async def test_reader_passes_a_writer_that_waits_for_it() -> None:
+    """Bytes held shared are free for further shared requests of the task."""
+    lock = RegionLock()
+    leave = anyio.Event()
+    leave.set()
+    record: Record = []
+    async with anyio.create_task_group() as tg:
+        async with lock.shared(0, 10):
+            tg.start_soon(hold, lock.exclusive(5, 20), "writer", record, leave)
+            await queued(lock, 1)
+            async with lock.shared(0, 10):
+                lock.shared_nowait(2, 7).release()
+                assert lock._claims.check_free(3, 6, False)
+            with pytest.raises(DeadlockError, match="asks for"):
+                await lock.shared(8, 12)
+            assert record == []
+    assert_unused(lock)
+
+
+async def test_cycle_of_waits() -> None:
+    """Of two tasks that want what the other holds the later one gets DeadlockError."""
+    lock = RegionLock()
+    record: Record = []
+    ready = anyio.Event()
+
+    async def first() -> None:
+        async with lock.exclusive(0, 10):
+            await ready.wait()
+            async with lock.exclusive(10, 20):
+                record.append("first has both")
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(first, name="the first")
+        async with lock.exclusive(10, 20):
+            await until(lambda: lock.statistics().held_exclusive == 2)
+            ready.set()
+            await queued(lock, 1)
+            with pytest.raises(DeadlockError) as caught:
+                await lock.shared(0, 1)
+            assert "waits for [0, 10) exclusive held by task 'the first', who" in str(caught.value)
+            assert "waits for [10, 20) exclusive held by" in str(caught.value)
+            assert record == []
+    assert record == ["first has both"]
+    assert_unused(lock)
+
+
+async def test_cycle_through_many_tasks_and_locks() -> None:
+    """A ring of ten tasks over five locks, readers among them, breaks at the last one."""
+    locks = [RegionLock() for _ in range(5)]
+    deadlocks: list[int] = []
+    finished: list[int] = []
+
+    def ask(n: int) -> RegionRequest:
+        lock = locks[n % 5]
+        return lock.shared(n, n + 1) if n % 2 else lock.exclusive(n, n + 1)
+
+    async def member(n: int) -> None:
+        async with ask(n):
+            await until(lambda: sum(held_in(lock) for lock in locks) == 10 or bool(finished))
+            try:
+                async with locks[(n + 1) % 10 % 5].exclusive((n + 1) % 10, (n + 1) % 10 + 1):
+                    finished.append(n)
+            except DeadlockError:
+                deadlocks.append(n)
+                finished.append(n)
+
+    def held_in(lock: RegionLock) -> int:
+        now = lock.statistics()
+        return now.held_shared + now.held_exclusive
+
+    async with anyio.create_task_group() as tg:
+        for n in range(10):
+            tg.start_soon(member, n)
+    assert len(deadlocks) == 1
+    assert sorted(finished) == list(range(10))
+    for lock in locks:
+        assert_unused(lock)
+
+
+async def test_half_counts_for_the_task_that_takes_it_over() -> None:
+    """After a split each half is a hold of the task that enters it."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+
+    async def fill(half: RegionLease) -> None:
+        async with half:
+            with pytest.raises(DeadlockError, match="itself"):
+                await lock.shared(half.start, half.stop)
+            record.append(f"{half.start}")
+            await leave.wait()
+
+    async with anyio.create_task_group() as tg:
+        left, right = (await lock.exclusive(0, 20)).split_at(10)
+        with pytest.raises(DeadlockError, match="itself"):
+            await lock.shared(12, 13)
+        tg.start_soon(fill, left)
+        tg.start_soon(fill, right)
+        await until(lambda: len(record) == 2)
+        tg.start_soon(hold, lock.exclusive(0, 20), "all", record, leave)
+        with pytest.raises(WouldBlock):
+            lock.shared_nowait(12, 13)
+        leave.set()
+        async with lock.shared(0, 20):  # no deadlock: the holders are others
+            record.append("splitter")
+    assert_unused(lock)
+
+
+async def test_split_restrict_and_downgrade_let_others_in() -> None:
+    """What a lease gives back goes to those who wait, at once and no more than that."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        lease = await lock.exclusive(0, 100)
+        for start in (0, 30, 60, 90):
+            tg.start_soon(hold, lock.shared(start, start + 10), str(start), record, leave)
+        tg.start_soon(hold, lock.exclusive(50, 55), "writer", record, leave)
+        await queued(lock, 5)
+        left, right = lease.split_at(60)
+        right.restrict(60, 80)
+        await until(lambda: "90" in record)
+        left.downgrade()
+        await until(lambda: len(record) == 3)
+        assert sorted(record) == ["0", "30", "90"]
+        right.release()
+        await until(lambda: "60" in record)
+        left.restrict(0, 50)
+        await until(lambda: "writer" in record)
+        left.release()
+        leave.set()
+    assert_unused(lock)
+
+
+async def test_any_task_may_release() -> None:
+    """A lease is released by whoever has it."""
+    lock = RegionLock()
+    lease = await lock.exclusive(0, 1)
+
+    async def release() -> None:
+        lease.release()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(release)
+    assert_unused(lock)
+
+
+# Leases that are dropped, tasks that are forgotten
+
+
+async def test_dropped_lease_is_freed_with_a_warning() -> None:
+    """A lease that goes out of use unreleased warns, and those who wait go on."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+    leave.set()
+    async with anyio.create_task_group() as tg:
+        lease = await lock.exclusive(0, 10)
+        tg.start_soon(hold, lock.exclusive(5, 6), "next", record, leave)
+        await queued(lock, 1)
+        with pytest.warns(ResourceWarning, match=r"a region lease of \[0, 10\) exclusive was"):
+            del lease
+            gc.collect()
+    assert record == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_lease_dropped_in_a_thread() -> None:
+    """The last reference may go in any thread; the release is done by the event loop."""
+    lock = RegionLock()
+    leases = [await lock.exclusive(0, 10)]
+    with pytest.warns(ResourceWarning, match="dropped without being released"):
+        await anyio.to_thread.run_sync(leases.clear)
+    await until(lambda: lock.statistics().held_exclusive == 0)
+    assert_unused(lock)
+
+
+async def test_lock_and_lease_dropped_together() -> None:
+    """A lock that goes with its leases makes no trouble."""
+    lock = RegionLock()
+    lease = await lock.shared(0, 1)
+    del lock
+    with pytest.warns(ResourceWarning, match=r"\[0, 1\) shared"):
+        del lease
+        gc.collect()
+    await anyio.lowlevel.checkpoint()
+
+
+@types.coroutine
+def suspend() -> Generator[None, None, None]:
+    yield
+
+
+@pytest.mark.parametrize("where", ["block", "wait"])
+async def test_forgotten_coroutine_frees_its_region(where: str) -> None:
+    """A coroutine closed from elsewhere, as the collector does, has its release posted."""
+    lock = RegionLock(fast_acquire=True)
+
+    async def body() -> None:
+        async with lock.exclusive(0, 1):
+            await suspend()
+
+    lease = await lock.exclusive(0, 1) if where == "wait" else None
+    if lease is not None:
+        # In another task's name: its own request would be a deadlock.
+        lock._claims.disown(cast(Any, lease._claim))
+    coroutine = body()
+    coroutine.send(None)
+    thread = threading.Thread(target=coroutine.close)
+    thread.start()
+    thread.join()
+    # Not yet: the loop has not had a turn.
+    now = lock.statistics()
+    assert now.held_exclusive + now.waiting == (1 if lease is None else 2)
+    if lease is not None:
+        await queued(lock, 0)
+        lease.release()
+    await until(lambda: lock.statistics().held_exclusive == 0)
+    assert_unused(lock)
+
+
+async def test_async_generator_frees_its_region_when_closed() -> None:
+    """aclose() of an async generator inside a block frees the region before it returns."""
+    lock = RegionLock()
+
+    async def rows() -> AsyncIterator[int]:
+        async with lock.exclusive(0, 1):
+            yield 1
+
+    generator = rows()
+    await generator.__anext__()
+    await cast(Any, generator).aclose()
+    lock.exclusive_nowait(0, 1).release()
+    assert_unused(lock)
+
+
+# Loops and threads
+
+
+async def use(lock: RegionLock) -> None:
+    async with lock.exclusive(100, 101):
+        pass
+
+
+async def test_other_loops_and_threads_are_refused(
+    anyio_backend: tuple[str, dict[str, Any]],
+) -> None:
+    """A lock belongs to the loop that used it first; elsewhere it raises RuntimeError."""
+    lock = RegionLock()
+    lease = await lock.shared(0, 10)
+    name, options = anyio_backend
+
+    def elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="belongs to the event loop that used it first"):
+            anyio.run(use, lock, backend=name, backend_options=options)
+        uses: list[Callable[[], object]] = [
+            lease.release,
+            lambda: lease.split_at(5),
+            lambda: lease.restrict(5, 6),
+            lease.downgrade,
+            lambda: lock.shared_nowait(0, 1),
+        ]
+        for attempt in uses:
+            with pytest.raises(RuntimeError, match="belongs to the event loop"):
+                attempt()
+        with pytest.raises(RuntimeError, match="no event loop runs in this thread"):
+            RegionLock().shared_nowait(0, 1)
+
+    await anyio.to_thread.run_sync(elsewhere)
+    lease.release()
+    assert_unused(lock)
+
+
+async def test_lock_made_outside_a_loop(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """A lock may be created anywhere, and used in the loop that comes first."""
+    lock = await anyio.to_thread.run_sync(RegionLock)
+    await use(lock)
+    assert_unused(lock)
+
+
+# The lock of claims
+
+
+async def test_ranges_are_granted_together() -> None:
+    """A request for two ranges waits for both and holds both."""
+    lock = ClaimLock()
+    first, second = await lock.acquire(0, 10, True), await lock.acquire(20, 30, False)
+    lock.disown(first)
+    lock.disown(second)
+    granted: list[object] = []
+
+    async def move() -> None:
+        claim = await lock.acquire_ranges([(0, 5, False), (22, 23, True), (22, 24, False)])
+        granted.append(claim)
+        lock.downgrade(claim)
+        lock.release(claim)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(move)
+        await until(lambda: lock.statistics().waiting == 1)
+        assert not lock.check_free(3, 4, True)
+        with pytest.raises(WouldBlock):
+            lock.acquire_ranges_nowait([(100, 101, True), (3, 4, False)])
+        lock.release(first)
+        for _ in range(3):
+            await anyio.lowlevel.checkpoint()
+        assert granted == []
+        lock.release(second)
+    assert len(granted) == 1
+    both = lock.acquire_ranges_nowait([(0, 1, True), (5, 6, False)])
+    assert lock.statistics() == RegionLockStatistics(1, 1, 0, 1)
+    lock.release(both)
+    assert not lock.queue._claims()
+
+
+async def test_check_free() -> None:
+    """It says what a request would meet: nothing, a wait, or a deadlock."""
+    lock = ClaimLock()
+    assert lock.check_free(0, 10, True)
+    claim = await lock.acquire(0, 10, False)
+    assert lock.check_free(5, 6, False)
+    assert lock.check_free(10, 20, True)
+    assert lock.check_free(5, 5, True)
+    with pytest.raises(DeadlockError, match="itself"):
+        lock.check_free(5, 6, True)
+    lock.disown(claim)
+    assert not lock.check_free(5, 6, True)
+    lock.adopt(claim)
+    with pytest.raises(DeadlockError, match="itself"):
+        lock.check_free(5, 6, True)
+    lock.release(claim)
+
+
+async def test_close_wakes_waiters_and_refuses_requests() -> None:
+    """After close() waiting and new requests raise; what is held is released as ever."""
+    lock = ClaimLock()
+    claim = await lock.acquire(0, 10, True)
+    raised: list[str] = []
+
+    async def wait(n: int) -> None:
+        with pytest.raises(ClosedResourceError):
+            await lock.acquire(n, 10 + n, n % 2 == 0)
+        raised.append("")
+
+    async with anyio.create_task_group() as tg:
+        for n in range(10):
+            tg.start_soon(wait, n)
+        await until(lambda: lock.statistics().waiting == 10)
+        lock.close(ClosedResourceError)
+        lock.close(KeyError)
+    assert len(raised) == 10
+    asks: list[Callable[[], Awaitable[object]]] = [
+        lambda: lock.acquire(50, 60, False),
+        lambda: lock.acquire_ranges([(50, 60, False)]),
+    ]
+    for ask in asks:
+        with pytest.raises(ClosedResourceError):
+            await ask()
+    with pytest.raises(ClosedResourceError):
+        lock.acquire_nowait(50, 60, False)
+    left, right = lock.split(claim, 5)
+    lock.restrict(left, 0, 1)
+    lock.release(left)
+    lock.release(right)
+    assert lock.statistics() == RegionLockStatistics(0, 0, 0, 10)
+
+
+async def test_close_meets_a_cancellation() -> None:
+    """A waiter that is cancelled and woken by close() in one tick leaves no trace."""
+    lock = ClaimLock()
+    claim = await lock.acquire(0, 10, True)
+    scope = anyio.CancelScope()
+
+    async def wait() -> None:
+        with scope:
+            # Which of the two it notices is the loop's choice.
+            with suppress(ClosedResourceError):
+                await lock.acquire(0, 10, True)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(wait)
+        await until(lambda: lock.statistics().waiting == 1)
+        lock.close(ClosedResourceError)
+        scope.cancel()
+    lock.release(claim)
+    assert not lock.queue._claims()
+
+
+async def test_abandoned_claim_is_released_soon() -> None:
+    """abandon() releases in the loop, once, and is too late for what was released before."""
+    lock = ClaimLock()
+    claim = await lock.acquire(0, 10, True)
+    await anyio.to_thread.run_sync(lock.abandon, claim)
+    await until(lambda: lock.statistics().held_exclusive == 0)
+    claim = await lock.acquire(0, 10, True)
+    lock.abandon(claim)
+    lock.release(claim)
+    other = await lock.acquire(0, 10, True)
+    await anyio.lowlevel.checkpoint()
+    assert lock.statistics().held_exclusive == 1
+    lock.release(other)

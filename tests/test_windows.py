@@ -1,0 +1,299 @@
+"""windows(): a range in consecutive pieces of memory."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import pickle
+import threading
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio import ClosedResourceError, WouldBlock
+from anyio.lowlevel import checkpoint
+
+from aiommap import AsyncMmap, DeadlockError, TruncatedError
+
+from .content import file_of, inc
+from .fake_kernel import Call, FakeKernel
+
+pytestmark = pytest.mark.anyio
+
+N = 100_000
+
+
+@pytest.fixture
+async def m(tmp_path: Path) -> AsyncIterator[AsyncMmap]:
+    async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+") as m:
+        yield m
+
+
+async def can_write(m: AsyncMmap, offset: int, length: int = 1) -> bool:
+    """Whether another task could write there now."""
+    result = []
+
+    async def ask() -> None:
+        try:
+            async with m.view_mut_nowait(offset, length):
+                result.append(True)
+        except WouldBlock:
+            result.append(False)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(ask)
+    return result[0]
+
+
+@pytest.mark.parametrize("size", [1, 999, 4096, N - 1, N, N + 1, 2**40])
+async def test_windows_cover_the_range_in_order(m: AsyncMmap, size: int) -> None:
+    """Each window is read-only, as large as asked for but for the last, and they follow."""
+    length = N if size > 1 else 100
+    data = b""
+    async for window in m.windows(size, length=length):
+        assert window.readonly
+        assert len(window) == min(size, length - len(data))
+        data += window
+    assert data == inc(length)
+
+
+async def test_the_example_of_the_docstring(m: AsyncMmap) -> None:
+    """A checksum over windows of the default size is that of the file."""
+    checksum = 0
+    async for window in m.windows():
+        checksum = zlib.crc32(window, checksum)
+    assert checksum == zlib.crc32(inc(N))
+
+
+async def test_a_part_of_the_map(m: AsyncMmap) -> None:
+    """Offset and length cut out a part; an empty part has no windows."""
+    parts = [bytes(window) async for window in m.windows(10, offset=5, length=25)]
+    assert parts == [inc(10, 5), inc(10, 15), inc(5, 25)]
+    assert [w async for w in m.windows(offset=N)] == []
+    assert [w async for w in m.windows(offset=5, length=0)] == []
+
+
+async def test_wrong_arguments(m: AsyncMmap) -> None:
+    """Sizes below 1, ranges outside and what is no integer raise in the call."""
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="size must be at least 1"):
+            m.windows(size)
+    with pytest.raises(TypeError, match="size must be an integer"):
+        m.windows(1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not inside the map"):
+        m.windows(offset=N + 1)
+
+
+async def test_the_region_of_the_window_in_hand_is_held_shared(m: AsyncMmap) -> None:
+    """Others may read the window in hand and write everywhere else; a step moves on."""
+    seen = []
+    async for window in m.windows(10, length=30):
+        start = window[0]
+        for other in (0, 10, 20):
+            assert await can_write(m, other, 10) == (other != start)
+        seen.append(start)
+    assert seen == [0, 10, 20]
+    assert await can_write(m, 0, 30)
+
+
+async def test_a_window_is_released_at_the_next_step(m: AsyncMmap) -> None:
+    """After the step the window's memory is gone, also after the last one."""
+    last = None
+    async for window in m.windows(10, length=30):
+        if last is not None:
+            with pytest.raises(ValueError, match="released"):
+                last[0]
+        last = window
+    assert last is not None
+    with pytest.raises(ValueError, match="released"):
+        last[0]
+
+
+@pytest.mark.parametrize("how", ["break", "exception", "aclose", "async with", "delete"])
+async def test_leaving_early_frees_the_region_at_once(m: AsyncMmap, how: str) -> None:
+    """However the loop is left, the same task may write to the region right away."""
+    if how == "break":
+        async for _window in m.windows(10):
+            break
+    elif how == "exception":
+        with pytest.raises(KeyError, match="mine"):
+            async for _window in m.windows(10):
+                raise KeyError("mine")
+    elif how == "aclose":
+        windows = m.windows(10)
+        await anext(windows)
+        await windows.aclose()
+        await windows.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(windows)
+    elif how == "async with":
+        async with m.windows(10) as windows:
+            async for window in windows:
+                assert window[0] == 0
+                break
+    else:
+        windows = m.windows(10)
+        await anext(windows)
+        del windows
+    async with m.view_mut_nowait(0, N):
+        pass
+
+
+async def test_leaving_by_cancellation_frees_the_region(m: AsyncMmap) -> None:
+    """A task that is cancelled in the loop leaves nothing."""
+
+    async def stop() -> None:
+        async for _window in m.windows(10):
+            await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(stop)
+        await anyio.wait_all_tasks_blocked()
+        assert not await can_write(m, 0)
+        tg.cancel_scope.cancel()
+    gc.collect()
+    await anyio.wait_all_tasks_blocked()
+    assert await can_write(m, 0, N)
+
+
+async def test_a_window_waits_for_a_writer(m: AsyncMmap) -> None:
+    """A step waits until the writer of the next window has gone, and shows what it stored."""
+    held = await m.view_mut(10, 10)
+    seen = []
+
+    async def look() -> None:
+        async for window in m.windows(10, length=30):
+            seen.append(window[0])
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(look)
+        await anyio.wait_all_tasks_blocked()
+        assert seen == [0]
+        held[0] = 99
+        await held.aclose()
+    assert seen == [0, 99, 20]
+
+
+async def test_an_own_conflicting_view(m: AsyncMmap) -> None:
+    """A window over what the task holds exclusively is a DeadlockError."""
+    async with m.view_mut(10, 10):
+        windows = m.windows(10)
+        await anext(windows)
+        with pytest.raises(DeadlockError, match="holds"):
+            await anext(windows)
+        await windows.aclose()
+    assert await can_write(m, 0, N)
+
+
+async def test_arrays_over_a_window(m: AsyncMmap) -> None:
+    """A step while arrays over the window are alive is a BufferError; its region is free."""
+    windows = m.windows(10)
+    kept = pickle.PickleBuffer(await anext(windows))
+    with pytest.raises(BufferError, match="exported buffer"):
+        await anext(windows)
+    assert await can_write(m, 0, N)
+    assert bytes(kept.raw()) == inc(10)
+    kept.release()
+    assert await anext(windows) == inc(10, 10)
+    kept = pickle.PickleBuffer(windows._window)  # type: ignore[arg-type]
+    with pytest.raises(BufferError, match="exported buffer"):
+        await windows.aclose()
+    assert await can_write(m, 0, N)
+    kept.release()
+
+
+async def test_after_the_map_has_closed(tmp_path: Path) -> None:
+    """A step after the map was closed is a ClosedResourceError; the window in hand is memory."""
+    async with AsyncMmap.open_path(file_of(tmp_path, inc(N))) as m:
+        windows = m.windows(10)
+        window = await anext(windows)
+    assert bytes(window) == inc(10)
+    with pytest.raises(ClosedResourceError, match="closed"):
+        await anext(windows)
+    with pytest.raises(ValueError, match="released"):
+        window[0]
+
+
+async def test_a_truncated_file(tmp_path: Path) -> None:
+    """Windows that the file does not reach are a TruncatedError, those before are fine."""
+    path = file_of(tmp_path, inc(N))
+    async with AsyncMmap.open_path(path) as m:
+        os.truncate(path, 8192)
+        seen = 0
+        with pytest.raises(TruncatedError, match="reaches to byte 8192") as caught:
+            async for window in m.windows(4096):
+                seen += len(window)
+        assert seen == 8192
+        assert caught.value.size == 8192
+        os.truncate(path, N)
+
+
+async def test_resized_meanwhile(m: AsyncMmap) -> None:
+    """A window that a resize has cut off is a ValueError that says so."""
+    seen = []
+
+    async def look() -> None:
+        with pytest.raises(ValueError, match="not inside the map any more"):
+            async for window in m.windows(10_000):
+                seen.append(len(window))
+
+    held = await m.view_mut(20_000, 10)
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(m.resize, 15_000)
+        await anyio.wait_all_tasks_blocked()
+        tg.start_soon(look)  # behind the resize, from its first window on
+        await anyio.wait_all_tasks_blocked()
+        assert seen == []
+        await held.aclose()
+    assert seen == [10_000]
+
+
+class Mmap(AsyncMmap):
+    """A map on a kernel that a test looks into."""
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    kernel = FakeKernel()
+    monkeypatch.setattr(Mmap, "_kernel", kernel)
+    return kernel
+
+
+async def test_cold_windows_are_loaded_in_a_worker_and_ahead(
+    tmp_path: Path, kernel: FakeKernel
+) -> None:
+    """Where pages are not in memory, they are loaded off the loop, the next pieces as well."""
+    size = 12 << 20
+    path = file_of(tmp_path, inc(size))
+    # Nothing is in memory, as far as can be told without waiting.
+    kernel.fail("read_nowait", errno.EAGAIN)
+    kernel.fail("resident", errno.EAGAIN)
+    async with Mmap.open_path(path) as m:
+        windows = m.windows(1 << 20)
+        await anext(windows)
+        with anyio.fail_after(30):
+            while sum(each.arguments[1] for each in loads(kernel)) < size:
+                await checkpoint()
+        assert threading.get_ident() not in {each.thread for each in loads(kernel)}
+        await windows.aclose()
+        total = 0
+        async for window in m.windows(1 << 20):
+            total = zlib.crc32(window, total)
+    assert total == zlib.crc32(inc(size))
+
+
+def loads(kernel: FakeKernel) -> list[Call]:
+    return [call for call in list(kernel.calls) if call.name == "populate_read"]
+
+
+async def test_warm_windows_stay_on_the_loop(tmp_path: Path, kernel: FakeKernel) -> None:
+    """Windows that are in memory need no worker."""
+    path = file_of(tmp_path, inc(N))
+    async with Mmap.open_path(path) as m:
+        await m.load()
+        kernel.calls.clear()
+        assert b"".join([bytes(window) async for window in m.windows(4096)]) == inc(N)
+        assert loads(kernel) == []
