@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+from array import array
 
 from ._typing import Buffer
+
+_OWN_MEMORY = (bytes, bytearray, array)
 
 
 def readable(data: Buffer, name: str = "data") -> memoryview:
@@ -34,6 +37,24 @@ def writable(buffer: Buffer, name: str = "buffer") -> memoryview:
     if view.readonly:
         raise TypeError(f"{name} must be writable, not a read-only {type(buffer).__name__}")
     return readable(view, name)
+
+
+def is_plain(view: memoryview) -> bool:
+    """
+    Whether its bytes are an object's own memory, as far as can be told.
+
+    Those of a map may have to come from a disk when they are touched, and are SIGBUS if its
+    file was truncated.
+    """
+    owner: object = view.obj
+    while type(owner) not in _OWN_MEMORY:
+        base = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", owner)
+        if base is None:
+            return True  # an array that owns its memory, as numpy says it
+        if base is owner:
+            return False
+        owner = base
+    return True
 
 
 NONE: list[object] = []

@@ -72,8 +72,8 @@ class ClaimLock:
     )
 
     def __init__(self, *, fast_acquire: bool = False) -> None:
-        self.queue = RegionQueue(_graph)
-        self.fast_acquire = fast_acquire
+        self.queue: RegionQueue = RegionQueue(_graph)
+        self.fast_acquire: bool = fast_acquire
         self._loop: EventLoop | None = None
         self._closed: Callable[[], BaseException] | None = None
         self._grants_left = GRANTS_PER_YIELD

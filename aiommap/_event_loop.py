@@ -147,12 +147,21 @@ class _TrioParking:
 class TrioLoop:
     """trio, also in guest mode."""
 
-    __slots__ = ("_current_token", "_token", "checkpoint", "current_task", "would_block")
+    __slots__ = (
+        "_current_token",
+        "_run_finished",
+        "_token",
+        "checkpoint",
+        "current_task",
+        "would_block",
+    )
     name = "trio"
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
         self.would_block: type[Exception] = _trio().WouldBlock
+        # Not looked up when needed: that may be at the end of the interpreter.
+        self._run_finished: type[Exception] = _trio().RunFinishedError
         # Bound once: they are on the path of every access.
         self.checkpoint = _trio().lowlevel.checkpoint
         self.current_task = _trio().lowlevel.current_task
@@ -168,10 +177,9 @@ class TrioLoop:
         return _TrioParking(self.current_task())
 
     def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
-        trio = _trio()
         try:
             self._token.run_sync_soon(callback, *args)
-        except trio.RunFinishedError:
+        except self._run_finished:
             return False
         return True
 
@@ -185,6 +193,14 @@ def in_trio_task() -> bool:
     """Whether the caller is a trio task (asked first: in guest mode both loops run here)."""
     trio = sys.modules.get("trio")
     return trio is not None and trio.lowlevel.in_trio_task()
+
+
+def an_event_loop_runs_here() -> bool:
+    """Whether what is done in this thread now holds up an event loop, or is a task of one."""
+    trio = sys.modules.get("trio")
+    return asyncio._get_running_loop() is not None or (
+        trio is not None and trio.lowlevel.in_trio_run()
+    )
 
 
 def current_event_loop() -> EventLoop:

@@ -33,22 +33,40 @@ def naming(filename: Filename) -> Iterator[None]:
 class File:
     """A descriptor of ours, with what is known of its file."""
 
-    __slots__ = ("anonymous", "fd", "filename", "in_memory", "kernel", "mincore_is_honest")
+    __slots__ = (
+        "anonymous",
+        "disk_queue",
+        "fd",
+        "filename",
+        "in_memory",
+        "kernel",
+        "mincore_is_honest",
+    )
 
     def __init__(
         self, kernel: Kernel, fd: int, filename: Filename = None, *, anonymous: bool = False
     ) -> None:
-        self.kernel = kernel
-        self.fd = fd
-        self.filename = filename
-        self.anonymous = anonymous
-        self.in_memory = anonymous
-        self.mincore_is_honest = anonymous
+        self.kernel: Kernel = kernel
+        self.fd: int = fd
+        self.filename: Filename = filename
+        self.anonymous: bool = anonymous
+        self.in_memory: bool = anonymous
+        self.mincore_is_honest: bool = anonymous
+        self.disk_queue: int = 0
 
     def __del__(self) -> None:
-        # It is closed whatever the kernel says, and what it says is no flush's answer.
-        with suppress(OSError):
-            os.close(self.fd)
+        self.close()
+
+    def close(self) -> None:
+        """
+        Close the descriptor now: for a file that came to nothing, which the traceback of its
+        error would keep open for as long as somebody keeps the error.
+        """
+        fd, self.fd = self.fd, -1
+        if fd != -1:
+            # It is closed whatever the kernel says, and what it says is no flush's answer.
+            with suppress(OSError):
+                os.close(fd)
 
     def inspect(self, *, writable: bool) -> None:
         """
@@ -61,7 +79,9 @@ class File:
         status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.filename)
-        self.in_memory = self.kernel.file_is_in_memory(self.fd)
+        with naming(self.filename):
+            self.in_memory = self.kernel.file_is_in_memory(self.fd)
+            self.disk_queue = self.kernel.disk_queue(self.fd)
         # The kernel says "all resident" to whoever neither owns nor may write the file
         # (can_do_mincore() in mm/mincore.c).
         self.mincore_is_honest = writable or (
@@ -160,6 +180,7 @@ def create_file(
     except BaseException:
         if created:
             remove_file(file)
+        file.close()
         raise
     return file, created
 

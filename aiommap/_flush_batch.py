@@ -58,12 +58,12 @@ class Ticket:
     __slots__ = ("__weakref__", "done", "failure", "keeps", "length", "number", "offset")
 
     def __init__(self, number: int, offset: int, length: int, keeps: object) -> None:
-        self.number = number
-        self.offset = offset
-        self.length = length
-        self.keeps = keeps
+        self.number: int = number
+        self.offset: int = offset
+        self.length: int = length
+        self.keeps: object = keeps
         """What a flush of this ticket will need (the file); let go as soon as none will."""
-        self.done = False
+        self.done: bool = False
         self.failure: Failure | None = None
 
     def _resolve(self, failure: Failure | None) -> None:

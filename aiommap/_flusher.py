@@ -28,6 +28,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -92,6 +93,10 @@ class _Flush(_workers.Request):
         self.ticket = ticket
         self.wanted = True
 
+    def forget(self) -> None:
+        with suppress(AttributeError):
+            del self.file  # which would keep its descriptor open
+
 
 class _Bulk:
     """Long ranges that are being written piece by piece."""
@@ -139,7 +144,7 @@ class Flusher:
         self._limiter = limiter
         self._filename: Filename = mapping.file.filename if mapping.file is not None else None
         self._start_in_file = mapping.offset
-        self.length = mapping.length
+        self.length: int = mapping.length
         self._log = FlushLog()
         self._log_lock = threading.Lock()  # held for a few instructions, never in a wait
         # Held in workers only, while the file is cut: so that no flush takes that for a
@@ -150,8 +155,8 @@ class Flusher:
         )
         self._bulk = _Bulk()
         self._piece = BULK
-        self.requested = 0
-        self.write_backs = 0
+        self.requested: int = 0
+        self.write_backs: int = 0
 
     # On the loop
 
@@ -215,6 +220,7 @@ class Flusher:
         if ticket.failure is not None:
             raise self._error(ticket.failure)
 
+    @_workers.forgetful
     async def start(self, mapping: Mapping, offset: int, length: int) -> PendingFlush:
         """
         Start the write-back of a range. A checkpoint.
@@ -273,6 +279,8 @@ class Flusher:
             raise self._failed(exc, [(offset, length)]) from None
 
     def _perform(self, requests: list[_Flush]) -> Iterator[list[_Flush]]:
+        # Without those that were put back and then abandoned.
+        self._bulk.requests = [each for each in self._bulk.requests if each.taken]
         while True:
             small = []
             for each in requests:
@@ -290,8 +298,9 @@ class Flusher:
                 return
             requests = self._crew.take()
         bulk, self._bulk = self._bulk.requests, _Bulk()
-        if any(each.wanted for each in bulk):
-            self._flush(bulk, in_bulk=False)
+        wanted = [each for each in bulk if each.wanted]
+        if wanted:
+            self._flush(wanted, in_bulk=False)
         if bulk:
             yield bulk
 
@@ -402,6 +411,7 @@ class PendingFlush:
         """Whether it is known to be durable: waited for, or covered by a later flush."""
         return self._ticket.done
 
+    @_workers.forgetful
     async def wait(self) -> None:
         """
         Wait until the range is durable, in one device flush with all others who wait.

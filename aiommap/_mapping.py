@@ -23,10 +23,14 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal
+from functools import partial
+from time import monotonic
+from typing import ClassVar, Literal
 
-from ._errors import TruncatedError
+from ._buffers import is_plain
+from ._errors import Range, TruncatedError
 from ._file import File, naming
 from ._kernel import Kernel, address_of, new_bytes
 from ._options import Advice, MmapOptions, Protection
@@ -42,6 +46,13 @@ PROBED = 4 << 20
 """
 Bytes whose pages are looked up on the loop, by mincore: 20 us where none of them was touched
 before. Larger ranges always go to a worker.
+"""
+
+SLOW_START = 0.0005
+CAREFUL = 0.5
+"""
+Seconds that the start of a read takes on average when it has to wait, for a free place in the
+disk's queue or for an extent tree, and for how long no look starts one then. It takes 5 us.
 """
 
 _SCRATCH = 64 << 10
@@ -86,12 +97,24 @@ def _bad_buffer() -> OSError:
     )
 
 
+def _now(end: Callable[[], object]) -> None:
+    end()
+
+
+def _unmap(memory: mmap.mmap, file: File | None) -> None:
+    # close() unmaps without the GIL, which the mmap object's own end would hold for as long as
+    # it takes (10 ms and more for a GiB).
+    with suppress(BufferError):  # refused while buffers are out: their end unmaps
+        memory.close()
+
+
 class Mapping:
     """Bytes ``offset`` to ``offset + length`` of a file, or memory without a file."""
 
     __slots__ = (
         "__weakref__",
         "_address",
+        "_careful_until",
         "_delta",
         "_fd",
         "_map",
@@ -101,9 +124,11 @@ class Mapping:
         "_probe",
         "_read_file_nowait",
         "_scratch",
+        "_start_seconds",
         "file",
         "kernel",
         "length",
+        "most_starting",
         "offset",
         "private",
         "protection",
@@ -119,12 +144,12 @@ class Mapping:
         length: int,
         delta: int,
     ) -> None:
-        self.kernel = kernel
-        self.file = file
-        self.protection = protection
-        self.offset = offset
-        self.length = length
-        self.private = protection is Protection.READ_COPY
+        self.kernel: Kernel = kernel
+        self.file: File | None = file
+        self.protection: Protection = protection
+        self.offset: int = offset
+        self.length: int = length
+        self.private: bool = protection is Protection.READ_COPY
         self._map = memory
         # The map starts at a multiple of the granularity; the user's first byte is here.
         self._delta = delta
@@ -140,12 +165,28 @@ class Mapping:
         # and whether pages can be populated.
         self._nowait = file is not None and not self.private and not file.in_memory
         self._populate = True
+        # Reads that may be under way because of looks from the loop. Half of what the disk takes
+        # before the next one has to wait: for there are other readers, and writers.
+        self.most_starting = file.disk_queue // 2 if file is not None else 0
+        self._careful_until = 0.0
+        self._start_seconds = 0.0
+
+    finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)
+    """Runs what ends a mapping whose last user is gone; the map's makes that a worker's task."""
 
     def __del__(self) -> None:
-        # Nobody uses the address any more. close() unmaps without the GIL, which the mmap
-        # object's own end would hold for as long as it takes (10 ms and more for a GiB).
-        with suppress(AttributeError, BufferError):
-            self._map.close()  # refused while buffers are out: their end unmaps
+        try:
+            memory = self._map
+        except AttributeError:  # __init__ did not get that far
+            return
+        # Nobody uses the address any more. The file goes with the call.
+        Mapping.finisher(partial(_unmap, memory, self.file))
+
+    def discard(self) -> None:
+        """Unmap and close now: for a mapping that nobody has got, see :meth:`File.close`."""
+        self._map.close()
+        if self.file is not None:
+            self.file.close()
 
     # What it is
 
@@ -167,6 +208,11 @@ class Mapping:
     def store_waits(self) -> bool:
         """Whether the first store into a page may wait for a disk (journal, throttling)."""
         return self.file is not None and not self.private and not self.file.in_memory
+
+    @property
+    def pages_are_files(self) -> bool:
+        """Whether pages come from a disk, are the same for everybody, and cost no memory."""
+        return self.store_waits
 
     def buffer(self, offset: int, length: int, writable: bool) -> memoryview:
         """The memory itself. Whoever holds it, or a slice of it, keeps the map mapped."""
@@ -204,20 +250,35 @@ class Mapping:
         filename = self.file.filename if self.file is not None else None
         return TruncatedError(offset, length, size, filename)
 
+    def distance(self, offset: int, buffer: memoryview) -> int:
+        """How far behind the bytes at ``offset`` a buffer lies that overlaps them; else 0."""
+        away = address_of(buffer) - (self._address + offset)
+        return away if abs(away) < len(buffer) else 0
+
     # On the loop: never waits for a disk
 
-    def is_loaded_nowait(self, offset: int, length: int) -> bool:
+    @property
+    def starts_reads(self) -> bool:
+        """Whether a look at what is not in memory starts to read it."""
+        return self._nowait and self._careful_until == 0
+
+    def is_loaded_nowait(self, offset: int, length: int, careful: bool = False) -> bool:
         """
         Whether the range is in the file and in memory; in doubt it is not.
+
+        :param careful: start no read if it is not
 
         O(1) up to two pages, O(pages) with a small constant above.
         """
         if self._nowait and 0 < length <= INLINE:
+            if (careful or self._careful_until) and not self._is_cached_nowait(offset, length):
+                return False
             # A byte of a page proves the page, and the last byte that the file reaches it.
             first = self.offset + offset
             last = first + length - 1
             page = self._page
             pages = last // page - first // page
+            began = monotonic()
             try:
                 if pages <= 1:
                     read = self._read_file_nowait
@@ -227,7 +288,7 @@ class Mapping:
                 # Cheaper than page by page: 64 KiB in 2.5 us.
                 return self._read_file_nowait(self._fd, self._window(length), first) == length
             except OSError as exc:
-                return self._refused(exc)
+                return self._refused(exc, began)
         if length == 0:
             return True
         if length > PROBED:
@@ -248,11 +309,31 @@ class Mapping:
             window = self._scratch = [memoryview(whole)[:length]]
         return window
 
-    def _refused(self, error: OSError) -> Literal[False]:
+    def _refused(self, error: OSError, began: float) -> Literal[False]:
         """A read that must not wait was refused: the disk is needed, or it cannot be had."""
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        if error.errno == errno.EAGAIN:
+            now = monotonic()
+            # The moving average of the last eight or so, each cut to four times the limit: a
+            # thread that lost its processor for a while is not a disk that is busy.
+            cost = min(now - began, 4 * SLOW_START) - self._start_seconds
+            self._start_seconds += cost / 8
+            if self._start_seconds > SLOW_START:
+                self._start_seconds = 0.0
+                self._careful_until = now + CAREFUL
+        elif error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             self._nowait = False
         return False
+
+    def _is_cached_nowait(self, offset: int, length: int) -> bool:
+        """Whether a look at the range would start no read: its pages are there or on their way."""
+        if self._careful_until and monotonic() > self._careful_until:
+            self._careful_until = 0.0
+        assert self.file is not None
+        start, size = page_span(self.offset + offset, length, self._page)
+        try:
+            return self.kernel.cached_pages(self._fd, start, size) * self._page >= size
+        except OSError:
+            return self._is_resident_nowait(offset, length)
 
     def _is_resident_nowait(self, offset: int, length: int) -> bool:
         if self.file is not None and not self.file.mincore_is_honest:
@@ -261,24 +342,28 @@ class Mapping:
             state = self.kernel.resident(*self._pages(offset, length))
         except OSError:
             return False
-        return state.count(1) == len(state) or not any(not byte & 1 for byte in state)
+        return state.count(1) == len(state) or all(byte & 1 for byte in state)
 
     def _reaches_nowait(self, offset: int, length: int) -> bool:
         file = self.file
         if file is None or file.anonymous:
             return True
         try:
-            # Not fstat(), for which FUSE and network file systems ask their server.
-            size = self.kernel.known_file_size(file.fd)
+            # fstat() asks the server of a FUSE or network file system; those do not know reads
+            # that must not wait.
+            size = (self.kernel.file_size if self._nowait else self.kernel.known_file_size)(file.fd)
         except OSError:
             return False
         return size - self.offset - offset >= length
 
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """The bytes, if they are few and in memory; else None."""
+    def read_nowait(self, offset: int, length: int, careful: bool = False) -> bytes | None:
+        """The bytes, if they are few and in memory; else None. See :meth:`is_loaded_nowait`."""
         if length > INLINE:
             return None
         if self._nowait:
+            if (careful or self._careful_until) and not self._is_cached_nowait(offset, length):
+                return None
+            began = monotonic()
             window = self._scratch
             if len(window[0]) != length:
                 window = self._window(length)
@@ -286,7 +371,7 @@ class Mapping:
                 if self._read_file_nowait(self._fd, window, self.offset + offset) == length:
                     return bytes(window[0])
             except OSError as exc:
-                self._refused(exc)  # the worker finds out what is the matter
+                self._refused(exc, began)  # the worker finds out what is the matter
             return None
         if length == 0:
             return b""
@@ -307,6 +392,8 @@ class Mapping:
             return False
         if length == 0:
             return True
+        if not is_plain(data):
+            return False  # touching it may wait
         source = address_of(data)
         target = self._address + offset
         if source < target + length and target < source + length:
@@ -334,6 +421,30 @@ class Mapping:
         """Start reading the range; a hint."""
         if self.file is not None and not self.file.in_memory:
             self.kernel.will_need(self.file.fd, self.offset + offset, length)
+
+    def will_load_many(self, ranges: Sequence[Range]) -> None:
+        """Start reading the ranges; a hint."""
+        if self.file is None or self.file.in_memory:
+            return
+        if not self.kernel.will_need_many([self._pages(*each) for each in ranges]):
+            for offset, length in ranges:
+                self.kernel.will_need(self.file.fd, self.offset + offset, length)
+
+    def load_many(self, ranges: Sequence[Range]) -> bool:
+        """
+        Bring several ranges in together, if that goes well; else :meth:`load` says why.
+
+        It waits for all of them: for a few that are on their way already.
+        """
+        if not self._populate:
+            return False
+        if not self.kernel.populate_read_many([self._pages(*each) for each in ranges]):
+            return False
+        try:
+            reach = self.reach()
+        except OSError:
+            return False
+        return all(length <= reach - offset for offset, length in ranges)
 
     def load(self, offset: int, length: int, *, write: bool = False) -> None:
         """
@@ -368,14 +479,27 @@ class Mapping:
         scratch = memoryview(bytearray(min(length, _SCRATCH)))
         for start, count in pieces(offset, length, _SCRATCH):
             if self.file is None:
-                self.kernel.copy(address_of(scratch), self._address + start, count)
+                # SAFETY: inside the map; memory without a file has no page that can be missing.
+                self.kernel.move(address_of(scratch), self._address + start, count)
             else:
                 self._read_file(start, scratch[:count])
 
     def reserve(self, offset: int, length: int) -> None:
         """Give holes of the range blocks, so that a store finds room or the call ENOSPC."""
-        if self.file is not None and not self.private and length:
+        if self.file is None or self.private or length == 0:
+            return
+        try:
             self.file.reserve(self.offset + offset, length)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._populate:
+                raise
+            # On a full disk xfs refuses also where every block is there already: it wants room
+            # for the asking itself. Whether stores find room is then found out by preparing
+            # them; this dirties the pages, but they are about to be stored to.
+            try:
+                self.kernel.populate_write(*self._pages(offset, length))
+            except OSError:
+                raise exc from None
 
     def explain(self, error: OSError, offset: int, length: int, *, write: bool) -> OSError:
         """Why a page of the range cannot be had; ``error`` itself when the kernel knew."""
@@ -388,10 +512,11 @@ class Mapping:
                     scratch = memoryview(bytearray(min(length, _SCRATCH)))
                     for start, count in pieces(offset, length, _SCRATCH):
                         self._read_file(start, scratch[:count])
-                if write:
-                    self.reserve(offset, length)
-                if self.file.in_memory and self.kernel.free_blocks(self.file.fd) == 0:
-                    # On tmpfs even reading a hole through a map takes a page.
+                if write and not self.private:
+                    self.file.reserve(self.offset + offset, length)
+                if (write or self.file.in_memory) and self.kernel.free_blocks(self.file.fd) == 0:
+                    # On tmpfs even reading a hole through a map takes a page; on btrfs every
+                    # first store into a page does, whether it has a block or not.
                     return self._named(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         except OSError as exc:
             return self._named(exc)
@@ -410,7 +535,14 @@ class Mapping:
         length = len(buffer)
         with naming(self.file.filename):
             while done < length:
-                count = self.kernel.read(self.file.fd, [buffer[done:]], self.offset + offset + done)
+                try:
+                    count = self.kernel.read(
+                        self.file.fd, [buffer[done:]], self.offset + offset + done
+                    )
+                except OSError as exc:
+                    if exc.errno == errno.EFAULT:
+                        raise _bad_buffer() from None
+                    raise
                 if count == 0:
                     size = min(self.reach(), offset + done)
                     raise self._truncated(offset, length, size)
@@ -423,6 +555,12 @@ class Mapping:
         :raises TruncatedError: the file does not reach it
         :raises OSError: what the disk says
         """
+        if self.distance(offset, buffer):
+            # It overlaps the place it comes from; the kernel copies page by page, forwards.
+            data = memoryview(self.read(offset, len(buffer)))
+            # SAFETY: both are exported by their memoryviews, and equally long.
+            self._copy(address_of(buffer), address_of(data), len(buffer), offset, write=False)
+            return
         if self.file is not None and not self.private:
             self._read_file(offset, buffer)
             return
@@ -462,11 +600,22 @@ class Mapping:
         # Truncated while we copied: some bytes went into pages that are gone.
         self.check_reach(offset, length)
 
+    def copied(self, data: memoryview) -> bytes:
+        """
+        A copy of a caller's buffer, which may be a map itself.
+
+        :raises OSError: EFAULT: it cannot be read
+        """
+        # SAFETY: the buffer is exported by its memoryview.
+        return self._copied_source(address_of(data), len(data))
+
     def _copied_source(self, source: int, length: int) -> bytes:
         data, memory = new_bytes(length)
         try:
             copied = self.kernel.copy(address_of(memory), source, length)
         except OSError as exc:
+            if exc.errno == errno.EFAULT:
+                raise _bad_buffer() from None
             if exc.errno not in _NO_GUARD:
                 raise
             self.kernel.move(address_of(memory), source, length)
@@ -588,6 +737,15 @@ class Mapping:
         return start + first * page, count * page
 
 
+def map_opened(file: File, protection: Protection, offset: int, length: int | None) -> Mapping:
+    """As :func:`map_file`, for a file that was opened for it: closed if that fails."""
+    try:
+        return map_file(file, protection, offset, length)
+    except BaseException:
+        file.close()
+        raise
+
+
 def map_file(
     file: File, protection: Protection, offset: int = 0, length: int | None = None
 ) -> Mapping:
@@ -641,7 +799,12 @@ def map_memory(
             memory = kernel.map_memory(length, protection, stack=options.stack, huge=options.huge)
             mapping = Mapping(kernel, None, memory, protection, 0, length, 0)
         else:
-            mapping = remap(File(kernel, fd, anonymous=True), protection, 0, length)
+            file = File(kernel, fd, anonymous=True)
+            try:
+                mapping = remap(file, protection, 0, length)
+            except BaseException:
+                file.close()
+                raise
     except OSError as exc:
         if options.huge and exc.errno in (errno.ENOMEM, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
             raise OSError(
@@ -651,5 +814,9 @@ def map_memory(
             ) from exc
         raise
     if options.populate:
-        mapping.load(0, length, write=protection.writable)
+        try:
+            mapping.load(0, length, write=protection.writable)
+        except BaseException:
+            mapping.discard()
+            raise
     return mapping

@@ -6,14 +6,14 @@ import os
 import warnings
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex
 
-from anyio import CapacityLimiter
+from anyio import AsyncFile, CapacityLimiter
 
 from . import _buffers, _kernel, _reshaping, _workers
 from ._file import Filename, create_file, duplicate_file, open_file, remove_file
 from ._flusher import PendingFlush
-from ._mapping import Mapping, map_file, map_memory
+from ._mapping import Mapping, map_file, map_memory, map_opened
 from ._open_map import MmapStatistics, OpenMap
 from ._opening import Opening
 from ._options import Advice, MmapOptions, Protection
@@ -36,6 +36,8 @@ class HasFileno(Protocol):
 
 
 StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+_LARGEST_DESCRIPTOR = 2**31 - 1  # a C int
 
 WINDOW = 1 << 20
 """Bytes of a window where none are given: large against the cost of a step, small in a cache."""
@@ -77,7 +79,7 @@ class AsyncMmap:
     @classmethod
     def open(
         cls,
-        file: int | HasFileno,
+        file: int | HasFileno | AsyncFile[Any],
         protection: Protection | str = Protection.READ,
         *,
         limiter: CapacityLimiter | None = None,
@@ -101,7 +103,7 @@ class AsyncMmap:
     @classmethod
     def open_with_offset(
         cls,
-        file: int | HasFileno,
+        file: int | HasFileno | AsyncFile[Any],
         protection: Protection | str,
         offset: SupportsIndex,
         length: SupportsIndex | None = None,
@@ -120,7 +122,7 @@ class AsyncMmap:
     @classmethod
     def _open_descriptor(
         cls,
-        file: int | HasFileno,
+        file: int | HasFileno | AsyncFile[Any],
         protection: Protection | str,
         offset: SupportsIndex,
         length: SupportsIndex | None,
@@ -128,16 +130,18 @@ class AsyncMmap:
     ) -> Opening[Self]:
         protection = Protection.parse(protection)
         offset, length = _check_file_range(offset, length)
-        fd, filename = _descriptor(file)
+        _descriptor(file)
         kernel = cls._kernel
 
         def prepare() -> Callable[[], Mapping]:
             # On the loop, which it does not hold up, and before the first await: the caller
-            # may close the descriptor once we wait.
+            # may close the descriptor once we wait. Asked again, because the file may have been
+            # closed since, and its descriptor be another file's by now.
+            fd, filename = _descriptor(file)
             ours = duplicate_file(kernel, fd, filename)
-            return partial(map_file, ours, protection, offset, length)
+            return partial(map_opened, ours, protection, offset, length)
 
-        return Opening(partial(cls._open, prepare, limiter))
+        return Opening(partial(cls._open, prepare, _check_limiter(limiter)))
 
     @classmethod
     def open_path(
@@ -168,9 +172,9 @@ class AsyncMmap:
         kernel = cls._kernel
 
         def opened() -> Mapping:
-            return map_file(open_file(kernel, name, protection), protection, offset, length)
+            return map_opened(open_file(kernel, name, protection), protection, offset, length)
 
-        return Opening(partial(cls._open, lambda: opened, limiter))
+        return Opening(partial(cls._open, lambda: opened, _check_limiter(limiter)))
 
     @classmethod
     def create(
@@ -199,6 +203,8 @@ class AsyncMmap:
         name = _check_path(path)
         length = check_length(length)
         mode = as_int(mode, "mode")
+        if not 0 <= mode <= 0o7777:
+            raise ValueError(f"mode must be from 0 to 0o7777, not {mode}")
         kernel = cls._kernel
 
         def created() -> Mapping:
@@ -208,6 +214,7 @@ class AsyncMmap:
             except BaseException:
                 if new:
                     remove_file(file)
+                file.close()
                 raise
             made.append(new)
             return mapping
@@ -218,7 +225,7 @@ class AsyncMmap:
             if made[0] and mapping.file is not None:
                 remove_file(mapping.file)
 
-        return Opening(partial(cls._open, lambda: created, limiter, discard))
+        return Opening(partial(cls._open, lambda: created, _check_limiter(limiter), discard))
 
     @classmethod
     def anonymous(
@@ -259,7 +266,7 @@ class AsyncMmap:
         elif not isinstance(options, MmapOptions):
             raise TypeError(f"options must be MmapOptions, not {options!r}")
         made = partial(map_memory, cls._kernel, length, protection, options)
-        return Opening(partial(cls._open, lambda: made, limiter))
+        return Opening(partial(cls._open, lambda: made, _check_limiter(limiter)))
 
     @classmethod
     async def _open(
@@ -345,6 +352,7 @@ class AsyncMmap:
         """What the map has done so far, and what waits."""
         return self._core.statistics()
 
+    @_workers.forgetful
     async def file_size(self) -> int:
         """
         Bytes of the file now, which another process may have changed. A checkpoint.
@@ -477,6 +485,8 @@ class AsyncMmap:
             if core.closed:
                 core.check()  # raises
             data = core.read_nowait(offset, length)
+            if data is None:
+                data = await core.poll(offset, length)
             if data is not None:
                 return data
         claim = await core.lock.acquire(offset, offset + length, False)
@@ -502,6 +512,7 @@ class AsyncMmap:
             await core.read_into(offset, target)
         finally:
             core.lock.release(claim)
+            del target  # who keeps an error, and with it this frame, may still resize the buffer
         return length
 
     async def write_at(self, offset: SupportsIndex, data: Buffer) -> int:
@@ -534,8 +545,10 @@ class AsyncMmap:
             await core.write(offset, source)
         finally:
             core.lock.release(claim)
+            del source  # as above
         return length
 
+    @_workers.forgetful
     async def move(self, dest: SupportsIndex, src: SupportsIndex, length: SupportsIndex) -> None:
         """
         Copy bytes inside the map; the ranges may overlap, as with ``memmove``. A checkpoint.
@@ -566,6 +579,7 @@ class AsyncMmap:
             core.written = core.written or length > 0
             core.lock.release(claim)
 
+    @_workers.forgetful
     async def find(
         self, needle: Buffer, start: SupportsIndex = 0, end: SupportsIndex | None = None
     ) -> int:
@@ -581,6 +595,7 @@ class AsyncMmap:
         self._core.check()
         return await find(self._core, needle, start, end, last=False)
 
+    @_workers.forgetful
     async def rfind(
         self, needle: Buffer, start: SupportsIndex = 0, end: SupportsIndex | None = None
     ) -> int:
@@ -683,6 +698,7 @@ class AsyncMmap:
         if not core.is_ready_nowait(offset, length, write=False):
             await core.pager.load(core.mapping, offset, length)
 
+    @_workers.forgetful
     async def resident(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> int:
         """
         How many bytes of a range are in memory now. A checkpoint.
@@ -699,6 +715,7 @@ class AsyncMmap:
             total += await core.run(partial(mapping.resident_bytes, piece, count))
         return total
 
+    @_workers.forgetful
     async def advise(
         self,
         advice: Advice | str,
@@ -722,6 +739,7 @@ class AsyncMmap:
         if length:
             await self._core.run(partial(mapping.advise, offset, length, advice))
 
+    @_workers.forgetful
     async def pin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
         """
         Keep a range in memory until it is unpinned as often as it was pinned. A checkpoint.
@@ -737,6 +755,7 @@ class AsyncMmap:
         if length:
             await self._pins.pin(core, mapping, offset, length)
 
+    @_workers.forgetful
     async def unpin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
         """
         Undo one :meth:`pin` of the range. A checkpoint.
@@ -752,6 +771,7 @@ class AsyncMmap:
 
     # Shape
 
+    @_workers.forgetful
     async def resize(self, length: SupportsIndex) -> None:
         """
         Give the map, and the file with it, another length. A checkpoint.
@@ -780,16 +800,20 @@ class AsyncMmap:
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
         try:
             core.check_writable()
-            mapping = core.mapping
+
+            # The mapping in no variable of ours: its end is for a worker.
+            def resized() -> Mapping:
+                return _reshaping.resized(core.mapping, length)
+
             # The same length makes a file long again that was truncated.
-            if length != mapping.length or await core.run(mapping.reach) < length:
-                change = partial(_reshaping.resized, mapping, length)
-                if length < mapping.length:
-                    change = partial(core.flusher.cut, change, length)
-                await self._reshape(change)
+            if length < core.mapping.length:
+                await self._reshape(partial(core.flusher.cut, resized, length))
+            elif length > core.mapping.length or await core.run(core.mapping.reach) < length:
+                await self._reshape(resized)
         finally:
             core.lock.release(claim)
 
+    @_workers.forgetful
     async def set_protection(self, protection: Protection | str) -> None:
         """
         Map the same bytes with another protection. A checkpoint.
@@ -814,7 +838,7 @@ class AsyncMmap:
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
         try:
             if protection is not core.mapping.protection:
-                await self._reshape(partial(_reshaping.protected, core.mapping, protection))
+                await self._reshape(lambda: _reshaping.protected(core.mapping, protection))
         finally:
             core.lock.release(claim)
 
@@ -829,6 +853,9 @@ class AsyncMmap:
         try:
             # A cancelled task stays until the worker has finished.
             await core.run(lambda: made.append(change()))
+        except GeneratorExit:
+            made.clear()  # forgotten: nothing can be awaited
+            raise
         finally:
             if made:
                 self._pins = Pins()
@@ -868,13 +895,21 @@ class AsyncMmap:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose(flush=exc_type is None)
+        if exc_type is GeneratorExit:
+            # The coroutine of the block is being closed, by the garbage collector maybe, in any
+            # thread and in the middle of anything: nothing can be awaited.
+            self._core.close_forgotten()
+        else:
+            await self.aclose(flush=exc_type is None)
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
         if core is not None and not core.closed:
             warnings.warn(
-                f"{self!r} was dropped without being closed", ResourceWarning, source=self
+                f"{self!r} was dropped without being closed",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
             )
 
 
@@ -885,6 +920,14 @@ _RESIDENT_PIECE = 1 << 30
 async def _take_all(core: OpenMap) -> tuple[Claim, int, bool]:
     writable = core.mapping.protection.writable
     claim = await core.lock.acquire(0, LARGEST_OFFSET, writable)
+    try:
+        # Closed, consumed or changed by another task before this one went on?
+        core.check()
+        if core.mapping.protection.writable != writable:
+            raise PermissionError("the map's protection was changed meanwhile: try again")
+    except BaseException:
+        core.lock.release(claim)
+        raise
     core.begin_close(flush_at_end=True)
     length = core.mapping.length
     core.lock.restrict(claim, 0, length)
@@ -918,15 +961,23 @@ def _check_file_range(
     return offset, None if length is None else check_length(length)
 
 
-def _descriptor(file: int | HasFileno) -> tuple[int, Filename]:
+def _check_limiter(limiter: CapacityLimiter | None) -> CapacityLimiter | None:
+    if limiter is None or isinstance(limiter, CapacityLimiter):
+        return limiter
+    raise TypeError(f"limiter must be an anyio.CapacityLimiter or None, not {limiter!r}")
+
+
+def _descriptor(file: int | HasFileno | AsyncFile[Any]) -> tuple[int, Filename]:
     """The descriptor, and the path where the object knows one."""
+    name = None
     if hasattr(file, "fileno"):
-        fd = as_int(file.fileno(), "fileno()")
+        fileno: Any = file.fileno  # an AsyncFile's is typed as object
+        fd = as_int(fileno(), "fileno()")
         name = getattr(file, "name", None)
-        return fd, name if isinstance(name, str | bytes) else None
-    if isinstance(file, str | bytes | os.PathLike):
+    elif isinstance(file, str | bytes | os.PathLike):
         raise TypeError(f"file must be a descriptor or have fileno(); for {file!r} use open_path()")
-    fd = as_int(file, "file")
-    if fd < 0:
-        raise ValueError(f"file descriptor {fd} is negative: the file is closed?")
-    return fd, None
+    else:
+        fd = as_int(file, "file")
+    if not 0 <= fd <= _LARGEST_DESCRIPTOR:
+        raise ValueError(f"{fd} is no file descriptor; is the file closed?")
+    return fd, name if isinstance(name, str | bytes) else None

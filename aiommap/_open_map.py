@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, ClosedResourceError
 
-from . import _workers
+from . import _buffers, _workers
 from ._event_loop import EventLoop, current_event_loop
 from ._file import File
 from ._flusher import Flusher, PendingFlush, nothing_pending
@@ -30,12 +30,21 @@ from ._wait_graph import HELD, Claim
 
 T = TypeVar("T")
 
+POLLED = 64 << 10
+POLLS = 2
+"""How often, and for how many bytes, a task looks again before it asks a worker."""
+
 STORES_PREPARED = 256 << 10
 """
 Up to this many bytes a writable view comes with its pages ready for stores, so that a store
 never waits for the file system. It dirties the pages, written to or not; larger views come
 with their holes filled, and leave the first store into each page to the task (docs/design.md).
 """
+
+
+# The last one to use a mapping may be the loop: a read that outlives the map's closing, a map
+# that nobody closed. Unmapping waits, and so does the last close of a descriptor.
+Mapping.finisher = staticmethod(_workers.off_the_loop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,7 @@ class OpenMap:
         "_ending",
         "_mapping",
         "_raw_stores",
+        "_starting",
         "_whole_flushes",
         "closed",
         "flush_at_end",
@@ -86,18 +96,20 @@ class OpenMap:
     )
 
     def __init__(self, kernel: Kernel, mapping: Mapping, limiter: CapacityLimiter | None) -> None:
-        self.kernel = kernel
+        self.kernel: Kernel = kernel
         self.loop: EventLoop = current_event_loop()
-        self.limiter = limiter or _workers.default_limiter()
+        self.limiter: CapacityLimiter = limiter or _workers.default_limiter()
         self._mapping: Mapping | None = mapping
-        self.lock = ClaimLock()
-        self.pager = Pager(self.loop, self.limiter)
-        self.flusher = Flusher(self.loop, self.limiter, mapping)
-        self.closed = False
-        self.flush_at_end = False
-        self.views = 0
-        self.loads_inline = 0
-        self.written = False
+        self.lock: ClaimLock = ClaimLock()
+        self.lock.check_thread()  # it belongs to the first event loop that uses it: this one
+        self.pager: Pager = Pager(self.loop, self.limiter)
+        self.flusher: Flusher = Flusher(self.loop, self.limiter, mapping)
+        self._starting = 0  # reads that were started by a look and not looked for again
+        self.closed: bool = False
+        self.flush_at_end: bool = False
+        self.views: int = 0
+        self.loads_inline: int = 0
+        self.written: bool = False
         self._raw_stores = False
         self._whole_flushes = 0
         self._ending = 0
@@ -167,7 +179,8 @@ class OpenMap:
         mapping = self._mapping
         if mapping is None or length > mapping.length - offset:
             mapping = self.still_inside(offset, length)  # raises
-        data = mapping.read_nowait(offset, length)
+        careful = self._starting >= mapping.most_starting
+        data = mapping.read_nowait(offset, length, careful)
         if data is not None:
             self.loads_inline += 1
         return data
@@ -179,10 +192,13 @@ class OpenMap:
             data = await self.pager.read(self.mapping, offset, length)
         return data
 
+    @_workers.forgetful
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """As :meth:`read`, into the caller's buffer."""
         length = len(buffer)
-        data = self.read_nowait(offset, length) if length <= INLINE else None
+        data = None
+        if length <= INLINE and _buffers.is_plain(buffer):
+            data = self.read_nowait(offset, length)
         if data is None:
             await self.pager.read_into(self.still_inside(offset, length), offset, buffer)
         else:
@@ -196,6 +212,7 @@ class OpenMap:
         self.loads_inline += 1
         return True
 
+    @_workers.forgetful
     async def write(self, offset: int, data: memoryview) -> None:
         """Store the bytes, off the loop where needed."""
         if self.write_nowait(offset, data):
@@ -216,18 +233,58 @@ class OpenMap:
             mapping = self.still_inside(offset, length)  # raises
         if length == 0:
             return True
-        if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length):
+        careful = self._starting >= mapping.most_starting
+        if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length, careful):
             return False
         self.loads_inline += 1
         return True
 
+    @_workers.forgetful
     async def make_ready(self, offset: int, length: int, *, write: bool) -> None:
         """Bring the range in, off the loop; see :data:`STORES_PREPARED`."""
         mapping = self.mapping
+        if not write and await self._polled(offset, length):
+            return
         if write and length > STORES_PREPARED:
             await self.run(partial(mapping.reserve, offset, length))
             write = False
         await self.pager.load(mapping, offset, length, write=write)
+
+    async def _polled(self, offset: int, length: int) -> bool:
+        """
+        Look again, one turn of the loop later.
+
+        The first look has started the read, and where many tasks read from a fast disk it is
+        done by then: half the cost of a hop.
+        """
+        if length > POLLED or not self.mapping.starts_reads:
+            return False
+        for _ in range(POLLS):
+            self._starting += 1
+            try:
+                await self.loop.checkpoint()
+            finally:
+                self._starting -= 1
+            if self.is_ready_nowait(offset, length):
+                return True
+        return False
+
+    async def poll(self, offset: int, length: int) -> bytes | None:
+        """As :meth:`read_nowait` a few times more, for ranges that are not held."""
+        if length > POLLED or not self.mapping.starts_reads:
+            return None
+        for _ in range(POLLS):
+            self._starting += 1
+            try:
+                await self.loop.checkpoint()
+            finally:
+                self._starting -= 1
+            if self.closed or not self.lock.check_free(offset, offset + length, False):
+                return None
+            data = self.read_nowait(offset, length)
+            if data is not None:
+                return data
+        return None
 
     def run(self, call: Callable[[], T]) -> Coroutine[Any, Any, T]:
         """Run a call in a worker; stays until it has finished."""
@@ -288,6 +345,7 @@ class OpenMap:
         finally:
             self._whole_flushes -= 1
 
+    @_workers.forgetful
     async def flush_async(self, offset: int, length: int) -> PendingFlush:
         """Start the write-back of a range."""
         mapping = self.mapping
@@ -329,9 +387,25 @@ class OpenMap:
                 # A cancelled caller does not flush: it shows here, before anything starts.
                 await self.loop.checkpoint()
                 await self.flush_what_was_written()
-        finally:
+        except GeneratorExit:  # forgotten while it flushed: nothing can be awaited
+            self._ending -= 1
+            self.let_go_soon()
+            raise
+        except BaseException:
             self._ending -= 1
             await self.let_go()
+            raise
+        self._ending -= 1
+        await self.let_go()
+
+    def close_forgotten(self) -> None:
+        """Close without waiting and without a flush; from any thread, at any moment."""
+        self.loop.post(self._close_forgotten)
+
+    def _close_forgotten(self) -> None:
+        if not self.closed:
+            self.begin_close(flush_at_end=False)
+        self.let_go_soon()
 
     async def let_go(self) -> None:
         """Give memory and descriptor to a worker, if nobody uses them; wait for it."""
@@ -357,8 +431,10 @@ class OpenMap:
         return [mapping]
 
     def replace(self, mapping: Mapping) -> list[Mapping]:
-        """The map has another length or protection from now on; gives the old mapping."""
-        old = self.mapping
+        """The map has another length or protection from now on; gives what is not needed."""
+        old = self._mapping
+        if old is None:
+            return [mapping]  # it was closed meanwhile
         self._mapping = mapping
         self.flusher.length = mapping.length
         if mapping.length != old.length:

@@ -22,12 +22,12 @@ NOTHING = _Nothing()
 class Closable(Protocol):
     """What an opening gives: something that ``async with`` can leave."""
 
-    def __aexit__(
+    async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc_value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, bool | None]: ...
+    ) -> bool | None: ...
 
 
 C = TypeVar("C", bound=Closable)
@@ -59,10 +59,10 @@ class Opening(Generic[C]):
         self._value = await self._begin()
         return self._value
 
-    def __aexit__(
+    async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc_value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, bool | None]:
-        return self._value.__aexit__(exc_type, exc_value, traceback)
+    ) -> bool | None:
+        return await self._value.__aexit__(exc_type, exc_value, traceback)

@@ -5,11 +5,12 @@ Rules
 * The loop only touches pages after a probe that cannot wait has shown them in memory
   (:meth:`Mapping.is_loaded_nowait`, :meth:`Mapping.read_nowait`). Everything else comes here.
 * Requests that arrive together are taken together: the reads of all are started before the
-  first is waited for, so the disk sees a queue and not one request after another.
+  first is waited for, so the disk sees a queue and not one request after another. Small
+  page-ins are waited for a few at a time, in one call of the kernel, as long as that is quick.
 * Nothing large is asked for at once. A range is cut into pieces, one after another, so that a
   cancelled task leaves between two of them, a disk that does not answer holds up one piece,
   and other tasks get their turn. The piece grows while the disk is quick and shrinks when it
-  is slow.
+  is slow; the reads of the next few pieces are started ahead.
 * What a request touches belongs to it: the mapping, its own result. A cancelled task leaves it
   behind. Only where the task's own buffer is read or written does the task stay.
 """
@@ -17,106 +18,177 @@ Rules
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from anyio import CapacityLimiter
 
+from ._errors import TruncatedError
 from ._event_loop import EventLoop
 from ._kernel import new_bytes
 from ._mapping import Mapping
-from ._workers import Crew, Request
+from ._workers import Crew, Request, forgetful
 
 T = TypeVar("T")
 
 THREADS = 2
 """
-Of one map. Two keep the disk's queue full while one of them hands its batch back; more only
-take the GIL from each other (docs/design.md has the figures).
+Of one map, that wait for the disk: one page that does not come leaves the other one. A third
+thread starts the reads of those who come meanwhile. More only take the GIL from each other.
 """
 
 BATCH = 64
-"""Requests taken at once: above the depth that disks answer in parallel, 32 on common ones."""
+"""Reads started ahead: above the depth that disks answer in parallel, 32 on common ones."""
 
 SMALLEST_PIECE = 64 << 10
 FIRST_PIECE = 256 << 10
 LARGEST_PIECE = 16 << 20
-_QUICK = 0.005  # seconds for a piece: below it the next one may be larger,
-_SLOW = 0.05  # above it the next one is smaller. Both out of the air, a decade apart.
+_QUICK = 0.025  # seconds for a piece: below it the next one may be larger,
+_SLOW = 0.1  # above it the next one is smaller. What a cancelled copy has to wait for.
+_AHEAD = 4
+"""
+Pieces under way at a time. So a piece grows until four take 0.1 s: where a request takes long
+and many are answered in parallel (network, 60 ms), they are needed to be fast at all.
+"""
+
+SEARCHED = 4 << 20
+"""Bytes that are searched at once: 1 ms, and then others get their turn."""
 
 
-class _Access(Request, Generic[T]):
+class Access(Request, Generic[T]):
     """One use of a range of a mapping, in a worker."""
 
-    __slots__ = ("_call", "_length", "_mapping", "_offset", "result")
+    __slots__ = ("_call", "length", "mapping", "offset", "result", "seconds", "together")
 
     result: T
 
     def __init__(self, mapping: Mapping, offset: int, length: int, call: Callable[[], T]) -> None:
         super().__init__()
-        self._mapping: Mapping | None = mapping
-        self._offset = offset
-        self._length = length
+        self.mapping: Mapping | None = mapping
+        self.offset = offset
+        self.length = length
+        self.seconds = 0.0
+        self.together = length <= SMALLEST_PIECE
         self._call: Callable[[], T] | None = call
 
-    def announce(self) -> None:
-        if self._mapping is not None:
-            self._mapping.will_load(self._offset, self._length)
+    def forget(self) -> None:
+        self.mapping = self._call = None
 
     def perform(self) -> None:
         call, self._call = self._call, None
         assert call is not None
+        began = time.monotonic()
         try:
             self.result = call()
         finally:
+            self.seconds = time.monotonic() - began
             # Should this be the last reference, the unmapping belongs into this thread.
             del call
-            self._mapping = None
+            self.mapping = None
 
 
-Load = _Access[None]
-"""A load that was begun and can be waited for."""
+class Load(Access[None]):
+    """A load of a moderate range, which can be waited for later, or together with others."""
+
+    __slots__ = ()
+
+    def __init__(self, mapping: Mapping, offset: int, length: int) -> None:
+        self.together = length <= SMALLEST_PIECE
+        self.done = False
+        self.error = None
+        self.parking = None
+        self._taken = False
+        self._abandoned = False
+        self.mapping = mapping
+        self.offset = offset
+        self.length = length
+
+    def perform(self) -> None:
+        assert self.mapping is not None
+        try:
+            self.mapping.load(self.offset, self.length)
+            self.result = None
+        finally:
+            self.mapping = None
+
+    def perform_not(self) -> None:
+        """It was done together with others."""
+        self.result = None
+        self.mapping = None
+
+
+class _PagingCrew(Crew[Access[Any]]):
+    """A crew that knows what page-ins have in common: one call for many of them."""
+
+    def announce(self, requests: Sequence[Access[Any]]) -> None:
+        for mapping, group in _by_mapping(requests):
+            mapping.will_load_many([(each.offset, each.length) for each in group])
+
+    def perform_some(self, requests: Sequence[Access[Any]]) -> None:
+        small = [each for each in requests if isinstance(each, Load) and each.together]
+        if len(small) > 1:
+            for mapping, group in _by_mapping(small):
+                if mapping.load_many([(each.offset, each.length) for each in group]):
+                    for each in group:
+                        each.perform_not()
+        super().perform_some([each for each in requests if each.mapping is not None])
+
+
+A = TypeVar("A", bound=Access[Any])
+
+
+def _by_mapping(requests: Sequence[A]) -> Iterator[tuple[Mapping, list[A]]]:
+    """The requests of each mapping: of one, unless the map was just resized."""
+    groups: dict[int, tuple[Mapping, list[A]]] = {}
+    for request in requests:
+        mapping = request.mapping
+        if mapping is not None:
+            groups.setdefault(id(mapping), (mapping, []))[1].append(request)
+    return iter(groups.values())
 
 
 class Pager:
     """The page-ins and copies of one map. The mapping comes with every call: it may change."""
 
     def __init__(self, loop: EventLoop, limiter: CapacityLimiter) -> None:
-        self._crew: Crew[_Access[object]] = Crew(loop, limiter, threads=THREADS, batch=BATCH)
+        self._crew = _PagingCrew(loop, limiter, threads=THREADS, batch=BATCH, announcer=True)
         self._piece = FIRST_PIECE
-        self.loads = 0
-        self.bytes_loaded = 0
+        self.loads: int = 0
+        self.bytes_loaded: int = 0
 
     def _pieces(self, offset: int, length: int, *, backwards: bool = False) -> Iterator[range]:
-        """A range in consecutive pieces, each as large as the time of the last one allows."""
+        """A range in consecutive pieces, each as large as the disk allows by then."""
         end = offset + length
         while offset < end:
             count = min(self._piece, end - offset)
-            start = end - count if backwards else offset
-            began = time.monotonic()
-            yield range(start, start + count)
-            took = time.monotonic() - began
-            if took < _QUICK and count == self._piece:
-                self._piece = min(self._piece * 2, LARGEST_PIECE)
-            elif took > _SLOW:
-                self._piece = max(self._piece // 2, SMALLEST_PIECE)
             if backwards:
-                end = start
+                end -= count
+                yield range(end, end + count)
             else:
+                yield range(offset, offset + count)
                 offset += count
+
+    def _adapt(self, request: Access[Any]) -> None:
+        if request.seconds > _SLOW:
+            self._piece = max(self._piece // 2, SMALLEST_PIECE)
+        elif request.seconds < _QUICK and request.length >= self._piece:
+            self._piece = min(self._piece * 2, LARGEST_PIECE)
 
     async def _do(
         self, mapping: Mapping, offset: int, length: int, call: Callable[[], T], stay: bool = False
     ) -> T:
-        request = _Access(mapping, offset, length, call)
-        await self._crew.do(request, stay=stay)  # type: ignore[arg-type]
+        request = Access(mapping, offset, length, call)
+        await self._crew.do(request, stay=stay)
+        self._adapt(request)
         return request.result
 
     def _count(self, length: int) -> None:
         self.loads += 1
         self.bytes_loaded += length
 
+    @forgetful
     async def load(
         self, mapping: Mapping, offset: int, length: int, *, write: bool = False
     ) -> None:
@@ -126,48 +198,80 @@ class Pager:
         :raises OSError: see :meth:`Mapping.load`
         """
         self._count(length)
+        if length <= SMALLEST_PIECE and not write:
+            await self._crew.do(Load(mapping, offset, length))
+            return
         end = offset + length
-        for piece in self._pieces(offset, length):
-            ahead = min(end - piece.start, 2 * len(piece))
-            call = partial(_load, mapping, piece.start, len(piece), ahead, write)
-            await self._do(mapping, piece.start, len(piece), call)
+        with _asked_for(offset, length):
+            for piece in self._pieces(offset, length):
+                ahead = min(end - piece.start, _AHEAD * len(piece))
+                call = partial(_load, mapping, piece.start, len(piece), ahead, write)
+                await self._do(mapping, piece.start, len(piece), call)
 
     def load_soon(self, mapping: Mapping, offset: int, length: int) -> Load:
         """Begin to load a range of moderate size; :meth:`wait` for it, or :meth:`abandon` it."""
         self._count(length)
-        call = partial(_load, mapping, offset, length, length, False)
-        request = _Access(mapping, offset, length, call)
-        self._crew.submit(request)  # type: ignore[arg-type]
+        request = Load(mapping, offset, length)
+        self._crew.submit(request)
         return request
 
-    async def wait(self, request: Load) -> None:
-        """Wait for :meth:`load_soon`. :raises OSError: see :meth:`Mapping.load`"""
-        await self._crew.wait(request)  # type: ignore[arg-type]
+    def search_soon(
+        self, mapping: Mapping, offset: int, length: int, needle: bytes, *, last: bool
+    ) -> Access[int]:
+        """Begin a search: where the needle first, or last, is in the range, from it; or -1."""
+        call = partial(_search, mapping, offset, length, needle, last)
+        request = Access(mapping, offset, length, call)
+        self._crew.submit(request)
+        return request
 
-    def abandon(self, request: Load) -> None:
+    @forgetful
+    async def wait(self, request: Access[T]) -> T:
+        """Wait for something begun. :raises OSError: see :meth:`Mapping.load`"""
+        await self._crew.wait(request)
+        return request.result
+
+    def abandon(self, request: Access[Any]) -> None:
         """Nobody will wait for it."""
-        self._crew.abandon(request)  # type: ignore[arg-type]
+        self._crew.abandon(request)
 
+    @forgetful
     async def read(self, mapping: Mapping, offset: int, length: int) -> bytes:
         """The range as bytes, all of it. :raises OSError: see :meth:`Mapping.read_into`"""
         self._count(length)
         if length <= SMALLEST_PIECE:
+            if mapping.pages_are_files:
+                # Loaded together with others, and copied here: fewer calls than to copy in the
+                # worker.
+                await self._crew.do(Load(mapping, offset, length))
+                data = mapping.read_nowait(offset, length)
+                if data is not None:
+                    return data
             return await self._do(mapping, offset, length, partial(mapping.read, offset, length))
         data, memory = new_bytes(length)
-        for piece in self._pieces(offset, length):
-            part = memory[piece.start - offset : piece.stop - offset]
-            call = partial(mapping.read_into, piece.start, part)
-            await self._do(mapping, piece.start, len(piece), call)
+        end = offset + length
+        with _asked_for(offset, length):
+            for piece in self._pieces(offset, length):
+                part = memory[piece.start - offset : piece.stop - offset]
+                ahead = min(end - piece.start, _AHEAD * len(piece))
+                call = partial(_read_into, mapping, piece.start, part, ahead)
+                await self._do(mapping, piece.start, len(piece), call)
         return data
 
+    @forgetful
     async def read_into(self, mapping: Mapping, offset: int, buffer: memoryview) -> None:
         """Copy the range into the caller's buffer. :raises OSError: as :meth:`read`"""
-        self._count(len(buffer))
-        for piece in self._pieces(offset, len(buffer)):
-            part = buffer[piece.start - offset : piece.stop - offset]
-            call = partial(mapping.read_into, piece.start, part)
-            await self._do(mapping, piece.start, len(piece), call, stay=True)
+        length = len(buffer)
+        self._count(length)
+        end = offset + length
+        with _asked_for(offset, length):
+            backwards = mapping.distance(offset, buffer) > 0  # as in write()
+            for piece in self._pieces(offset, length, backwards=backwards):
+                part = buffer[piece.start - offset : piece.stop - offset]
+                ahead = min(end - piece.start, _AHEAD * len(piece))
+                call = partial(_read_into, mapping, piece.start, part, ahead)
+                await self._do(mapping, piece.start, len(piece), call, stay=True)
 
+    @forgetful
     async def write(self, mapping: Mapping, offset: int, data: memoryview) -> None:
         """Store the caller's bytes. :raises OSError: see :meth:`Mapping.write`"""
         self._count(len(data))
@@ -176,19 +280,15 @@ class Pager:
         if len(data) > self._piece:
             call = partial(_prepare_stores, mapping, offset, len(data))
             await self._do(mapping, offset, 0, call)
-        for piece in self._pieces(offset, len(data)):
-            part = data[piece.start - offset : piece.stop - offset]
-            await self._do(
-                mapping, piece.start, len(piece), partial(mapping.write, piece.start, part), True
-            )
+        with _asked_for(offset, len(data)):
+            # The end that the copy runs into goes first, where the bytes are the map's own.
+            backwards = mapping.distance(offset, data) < 0
+            for piece in self._pieces(offset, len(data), backwards=backwards):
+                part = data[piece.start - offset : piece.stop - offset]
+                call = partial(mapping.write, piece.start, part)
+                await self._do(mapping, piece.start, len(piece), call, stay=True)
 
-    async def search(
-        self, mapping: Mapping, offset: int, length: int, needle: bytes, *, last: bool
-    ) -> int:
-        """Where the needle first, or last, occurs inside the range, from the range; or -1."""
-        call = partial(mapping.search, offset, length, needle, last=last)
-        return await self._do(mapping, offset, length, call)
-
+    @forgetful
     async def move(self, mapping: Mapping, target: int, source: int, length: int) -> None:
         """Copy inside the map, as ``memmove``. :raises OSError: as :meth:`read`, :meth:`write`"""
         self._count(length)
@@ -199,17 +299,35 @@ class Pager:
             call = partial(_move, mapping, piece.start + target - source, piece.start, len(piece))
             await self._do(mapping, piece.start, len(piece), call, stay=True)
 
-    @property
-    def piece(self) -> int:
-        """Bytes that a search takes at once, see the theory above."""
-        return max(self._piece, FIRST_PIECE)
+
+@contextmanager
+def _asked_for(offset: int, length: int) -> Iterator[None]:
+    """Errors name the range that the user asked for, not the piece of it that was under way."""
+    try:
+        yield
+    except TruncatedError as exc:
+        raise TruncatedError(offset, length, exc.size, exc.filename) from None
 
 
 def _load(mapping: Mapping, offset: int, length: int, ahead: int, write: bool) -> None:
-    if ahead > SMALLEST_PIECE:
-        # Faults read one window of the file system's read-ahead at a time; this asks for all.
-        mapping.will_load(offset, ahead)
+    _start_reading(mapping, offset, ahead)
     mapping.load(offset, length, write=write)
+
+
+def _read_into(mapping: Mapping, offset: int, buffer: memoryview, ahead: int) -> None:
+    _start_reading(mapping, offset, ahead)
+    mapping.read_into(offset, buffer)
+
+
+def _search(mapping: Mapping, offset: int, length: int, needle: bytes, last: bool) -> int:
+    _start_reading(mapping, offset, length)
+    return mapping.search(offset, length, needle, last=last)
+
+
+def _start_reading(mapping: Mapping, offset: int, length: int) -> None:
+    # A fault and a read take one window of the file system's read-ahead at a time, and wait for
+    # it; this asks for all, and does not wait.
+    mapping.will_load(offset, length)
 
 
 def _prepare_stores(mapping: Mapping, offset: int, length: int) -> None:
@@ -218,4 +336,5 @@ def _prepare_stores(mapping: Mapping, offset: int, length: int) -> None:
 
 
 def _move(mapping: Mapping, target: int, source: int, length: int) -> None:
+    _start_reading(mapping, source, length)
     mapping.write(target, memoryview(mapping.read(source, length)))

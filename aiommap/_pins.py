@@ -84,6 +84,7 @@ class Pins:
         self._counts = PinCounts()
         self._turn = anyio.Lock()  # a change is counted before the next one looks
 
+    @_workers.forgetful
     async def pin(self, core: OpenMap, mapping: Mapping, offset: int, length: int) -> None:
         first, stop = mapping.page_numbers(offset, length)
         async with self._turn:
@@ -92,12 +93,15 @@ class Pins:
                 await core.run(partial(_pin_runs, mapping, runs))
             except OSError as exc:
                 raise _with_limit(exc, mapping, length) from exc
+            except GeneratorExit:
+                raise
             except BaseException:
                 # Cancelled; the worker may have pinned all the same.
                 await _workers.finish(partial(_unpin_runs, mapping, runs))
                 raise
             self._counts.add(first, stop, 1)
 
+    @_workers.forgetful
     async def unpin(self, core: OpenMap, mapping: Mapping, offset: int, length: int) -> None:
         first, stop = mapping.page_numbers(offset, length)
         async with self._turn:

@@ -104,9 +104,9 @@ class RegionQueue(Frontier):
         self._waiting: dict[Claim, None] = {}
         self._tickets = 0
         self._closing = False
-        self.held_exclusive = 0
-        self.held_shared = 0
-        self.longest_queue = 0
+        self.held_exclusive: int = 0
+        self.held_shared: int = 0
+        self.longest_queue: int = 0
 
     @property
     def waiting(self) -> int:

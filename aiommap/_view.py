@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Awaitable, Generator
+from collections.abc import Generator
 from types import TracebackType
-from typing import Any, Self, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 
 from anyio import BusyResourceError, ClosedResourceError
 
@@ -132,6 +132,10 @@ class _View:
             return bytes(self._buffer[key])
         return self._buffer[key]
 
+    @overload
+    def __setitem__(self, key: SupportsIndex, value: SupportsIndex) -> None: ...
+    @overload
+    def __setitem__(self, key: slice, value: Buffer) -> None: ...
     def __setitem__(self, key: SupportsIndex | slice, value: SupportsIndex | Buffer) -> None:
         """
         Store a byte, or as many bytes as the slice has.
@@ -284,7 +288,10 @@ class _View:
         count = self._next_bytes(len(target))
         start = self._cursor
         await self._core.loop.checkpoint()
-        await self._core.read_into(self._offset + start, target[:count])
+        try:
+            await self._core.read_into(self._offset + start, target[:count])
+        finally:
+            del target  # who keeps an error, and this frame with it, may still resize the buffer
         self._cursor = start + count
         return count
 
@@ -343,9 +350,13 @@ class _View:
                 f"{len(source)} bytes do not fit at {start} in a view of {self._length} bytes"
             )
         await self._core.loop.checkpoint()
-        await self._core.write(self._offset + start, source)
-        self._cursor = start + len(source)
-        return len(source)
+        count = len(source)
+        try:
+            await self._core.write(self._offset + start, source)
+        finally:
+            del source  # as in readinto()
+        self._cursor = start + count
+        return count
 
     # Shape
 
@@ -624,17 +635,23 @@ class ViewOpening:
     def __await__(self) -> Generator[Any, Any, MmapView]:
         return self.__aenter__().__await__()
 
-    def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> Awaitable[None]:
-        view = self._view
-        if exc_type is None and view._claim is not None and not view._core.closed:
-            # As the view's own, without a coroutine where there is nothing to wait for.
-            return NOTHING if view._give_back() else view._finish(False, failed=False)
-        return view.__aexit__(exc_type, exc_value, traceback)
+    if TYPE_CHECKING:
+        # As AbstractAsyncContextManager has it, for AsyncExitStack and its like.
+        async def __aexit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exc_value: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> None: ...
+
+    else:
+
+        def __aexit__(self, exc_type, exc_value, traceback):
+            view = self._view
+            if exc_type is None and view._claim is not None and not view._core.closed:
+                # As the view's own, without a coroutine where there is nothing to wait for.
+                return NOTHING if view._give_back() else view._finish(False, failed=False)
+            return view.__aexit__(exc_type, exc_value, traceback)
 
 
 class MmapViewSync(_View):
@@ -673,7 +690,8 @@ class MmapViewSync(_View):
         self._use()
         if self._handles[0] > 1:
             raise BufferError(
-                f"cannot {what} while {self._handles[0] - 1} clones of it are open: close them first"
+                f"cannot {what} while {self._handles[0] - 1} clones of it are open: close them "
+                f"first"
             )
 
     def clone(self) -> MmapViewSync:

@@ -31,8 +31,8 @@ class Cut:
     __slots__ = ("claim", "start", "stop")
 
     def __init__(self, start: int, stop: int, claim: Claim) -> None:
-        self.start = start
-        self.stop = stop
+        self.start: int = start
+        self.stop: int = stop
         self.claim = claim
 
 
@@ -58,9 +58,9 @@ class Links:
         self.waited_by: dict[Claim, None] = {}
         self.cuts: tuple[dict[int, Cut], dict[int, Cut]] | None = None
         self.parts: tuple[Claim, ...] = ()
-        self.ticket = 0
+        self.ticket: int = 0
         self.waiter: Any = None
-        self.queue = queue
+        self.queue: object = queue
 
 
 class Claim:
@@ -69,11 +69,11 @@ class Claim:
     __slots__ = ("exclusive", "links", "owner", "start", "state", "stop")
 
     def __init__(self, start: int, stop: int, exclusive: bool, owner: object = None) -> None:
-        self.start = start
-        self.stop = stop
-        self.exclusive = exclusive
-        self.owner = owner
-        self.state = NEW
+        self.start: int = start
+        self.stop: int = stop
+        self.exclusive: bool = exclusive
+        self.owner: object = owner
+        self.state: int = NEW
         # Made when needed: of 100 000 claims that nobody waits for, none has links.
         self.links: Links | None = None
 

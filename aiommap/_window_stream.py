@@ -7,6 +7,7 @@ on asyncio, and its region would stay locked until then.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -77,22 +78,34 @@ class Windows:
             raise StopAsyncIteration
         core = self._core
         core.check()
-        self._claim = await core.lock.acquire(start, stop, False)
+        # As lock.acquire(), without its coroutines.
+        lock = core.lock
+        claim = Claim(start, stop, False, lock.check_entry())
+        if not lock.queue.add_if_free(claim):
+            await lock.wait_for((claim,))
+            self._claim = claim
+        else:
+            self._claim = claim
+            try:
+                await core.loop.checkpoint()
+            except BaseException as error:
+                self._claim = None
+                lock.leave(claim, type(error))
+                raise
         try:
-            if self._loads_end is None and not core.is_ready_nowait(
-                start, stop - start, write=False
-            ):
+            if self._loads_end is None and not core.is_ready_nowait(start, stop - start):
                 self._loads_end = start
             if self._loads_end is not None:
                 await self._load(start, stop)
-            self._window = core.still_inside(start, stop - start).buffer(
-                start, stop - start, writable=False
+            window = self._window = core.still_inside(start, stop - start).buffer(
+                start, stop - start, False
             )
-        except BaseException:
-            self._release()
+        except BaseException as error:
+            self._claim = None
+            lock.leave(claim, type(error))
             raise
         self._position = stop
-        return self._window
+        return window
 
     async def _load(self, start: int, stop: int) -> None:
         core = self._core
@@ -159,5 +172,9 @@ class Windows:
                 self._core.lock.release(claim)
             else:
                 self._core.lock.abandon(claim)
+        window = getattr(self, "_window", None)
+        if window is not None:
+            with suppress(BufferError):  # nobody could handle it here
+                window.release()
         for _, load in getattr(self, "_loads", ()):
             self._core.pager.abandon(load)

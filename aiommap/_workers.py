@@ -17,20 +17,23 @@ They are daemons: the interpreter's exit does not wait for a disk that does not 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar, TypeVarTuple
+from itertools import islice
+from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar, checkpoint_if_cancelled
 
-from ._event_loop import EventLoop, Parking, current_event_loop
+from ._event_loop import EventLoop, Parking, an_event_loop_runs_here, current_event_loop
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
@@ -40,12 +43,17 @@ DEFAULT_THREADS = 40
 IDLE_SECONDS = 2.0
 """How long a thread without work stays. Out of the air: a new one costs 0.1 ms."""
 
-GROUP = 8
-GROUP_SECONDS = 0.001
+LINGER_SECONDS = 0.002
+"""How long a crew's thread without work keeps its token: its end and another's start cost the
+loop 15 us, more than a read."""
+
+MOST_TOGETHER = 16
+QUICK_SECONDS = 0.001
+SLOW_SECONDS = 0.002
 """
-How many finished requests of a batch are handed back together, and for how long at most they
-are kept. Each hand-over wakes the loop, for 5 us; each task that is woken runs before the loop
-looks at anything else.
+How many requests a thread does at once and hands back together: more after each time that it
+was quick, fewer after one that was slow, because one of them may keep the others waiting. Each
+hand-over wakes the loop, for 5 us, and takes the GIL from it, for 10 and more.
 """
 
 _default_limiter: RunVar[CapacityLimiter] = RunVar("aiommap_limiter")
@@ -110,6 +118,15 @@ def start(work: Callable[[], object]) -> None:
     thread.give(work)
 
 
+def off_the_loop(work: Callable[[], object]) -> None:
+    """Run it in another thread if an event loop runs in this one, else here and now."""
+    if an_event_loop_runs_here():
+        with suppress(RuntimeError):  # no more threads: better on the loop than never
+            start(work)
+            return
+    work()
+
+
 # A forked child has none of the parent's threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)
@@ -121,7 +138,7 @@ class _Work:
     __slots__ = ("done", "error", "parking")
 
     def __init__(self) -> None:
-        self.done = False
+        self.done: bool = False
         self.error: BaseException | None = None
         self.parking: Parking | None = None
 
@@ -208,13 +225,29 @@ def without_frames(error: BaseException) -> BaseException:
     """
     if isinstance(error, _EXPECTED) or not isinstance(error, Exception):
         error.__traceback__ = None
-        error.__context__ = None
-        if error.__cause__ is not None:
-            without_frames(error.__cause__)
+        context, error.__context__ = error.__context__, None
+        for earlier in (context, error.__cause__):
+            if earlier is not None:
+                without_frames(earlier)
     return error
 
 
 _EXPECTED = (OSError, ValueError, MemoryError, BufferError)
+
+
+def forgetful(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A coroutine function whose errors and cancellations are raised :func:`without_frames`."""
+
+    @functools.wraps(method)
+    async def forgetting(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(*args, **kwargs)
+        except BaseException as exc:
+            del args, kwargs  # this frame is in the traceback too
+            without_frames(exc)
+            raise
+
+    return forgetting
 
 
 async def acquire_token(limiter: CapacityLimiter, borrower: object) -> None:
@@ -236,6 +269,7 @@ async def acquire_token(limiter: CapacityLimiter, borrower: object) -> None:
         raise
 
 
+@forgetful
 async def run(
     call: Callable[[], T],
     *,
@@ -280,11 +314,19 @@ async def run(
         if interrupt is None:
             raise
     if interrupt is not None:
-        raise interrupt
+        try:
+            raise interrupt
+        finally:
+            del interrupt
     error = job.take_error()
     if error is not None:
-        raise error
-    return job.result  # type: ignore[return-value]
+        try:
+            raise error
+        finally:
+            del error  # or the error would refer to this frame, and the frame to it
+    # The thread may refer to the job a moment longer, and must not to what it made.
+    result, job.result = job.result, None
+    return result  # type: ignore[return-value]
 
 
 async def finish(call: Callable[[], object]) -> None:
@@ -296,7 +338,10 @@ async def finish(call: Callable[[], object]) -> None:
     """
     interrupt = await _finish(current_event_loop(), call)
     if interrupt is not None:
-        raise interrupt
+        try:
+            raise interrupt
+        finally:
+            del interrupt
 
 
 async def _finish(loop: EventLoop, call: Callable[[], object]) -> BaseException | None:
@@ -319,10 +364,18 @@ class Request(_Work):
 
     __slots__ = ("_abandoned", "_taken")
 
+    together = False
+    """Whether it is short, so that a few may be done together by one thread."""
+
     def __init__(self) -> None:
         super().__init__()
         self._taken = False
         self._abandoned = False
+
+    @property
+    def taken(self) -> bool:
+        """Whether a thread has it, or had it."""
+        return self._taken
 
     def announce(self) -> None:
         """Start what will be needed, without waiting. All requests of a batch do so first."""
@@ -332,7 +385,7 @@ class Request(_Work):
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Let go of what it would have touched: it will not be done. From any thread."""
+        """Let go of what it touches: it is done, or will not be. From any thread."""
 
 
 R = TypeVar("R", bound=Request)
@@ -349,6 +402,9 @@ class Crew(Generic[R]):
     requests wait has *begged* a token of it; a task that leaves while it begs calls the next.
     While others wait for the limiter, a thread gives its token back after each batch.
 
+    :param threads: how many work at once
+    :param batch: how many requests may be announced and not done
+    :param announcer: one more thread announces what comes while they all wait
     :param perform: does a batch, in a worker, and must not raise; it sets ``error`` of the
         requests that failed, and gives groups of those that are done. If it takes long it can
         :meth:`take` what comes meanwhile, and must :meth:`put_back` what is left while others
@@ -362,14 +418,21 @@ class Crew(Generic[R]):
         *,
         threads: int,
         batch: int,
+        announcer: bool = False,
         perform: Callable[[list[R]], Iterator[Sequence[R]]] | None = None,
     ) -> None:
         self._loop = loop
         self._limiter = limiter
-        self._threads = threads
+        self._performers = threads
+        self._threads = threads + announcer
         self._batch = batch
-        self._perform = perform or _perform_each
+        self._perform = perform
         self._waiting: deque[R] = deque()
+        self._announced = 0  # the first so many of those were announced
+        self._some = 1  # how many are done together
+        self._lingering: list[threading.Lock] = []  # the bells of threads without work
+        self._asked_for_help = False
+        self._performing = 0  # threads that may be waiting for the disk
         # Between the loop and the threads: who takes the last request, and whether a request
         # was taken before it was abandoned. Held for a few instructions, never in a wait.
         # Re-entrant, because the garbage collector may run in between, and end something that
@@ -389,10 +452,15 @@ class Crew(Generic[R]):
 
         :raises RuntimeError: when the system gives no thread; then it is not done
         """
+        bell = None
         with self._lock:
             self._waiting.append(request)
-            wanted = self._active < self._threads
-        if wanted:
+            if self._lingering:
+                bell = self._lingering.pop()
+            wanted = self._is_help_wanted()
+        if bell is not None:
+            bell.release()
+        elif wanted:
             try:
                 self._hire()
             except BaseException:
@@ -438,10 +506,16 @@ class Crew(Generic[R]):
             if interrupt is None:
                 raise
         if interrupt is not None:
-            raise interrupt
+            try:
+                raise interrupt
+            finally:
+                del interrupt
         error = request.take_error()
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or the error would refer to this frame, and the frame to it
 
     def abandon(self, request: R) -> None:
         """Nobody wants it any more: drop it unless a thread has taken it. From any thread."""
@@ -457,6 +531,8 @@ class Crew(Generic[R]):
         """A crew that is starved for long must not collect what was abandoned meanwhile."""
         with self._lock:
             if self._dropped > 2 * self._batch and self._dropped * 2 > len(self._waiting):
+                first = list(islice(self._waiting, self._announced))
+                self._announced = sum(not each._abandoned for each in first)
                 self._waiting = deque(each for each in self._waiting if not each._abandoned)
                 self._dropped = 0
 
@@ -511,10 +587,137 @@ class Crew(Generic[R]):
                 self._limiter.release_on_behalf_of(token)
 
     def _work(self, token: object) -> None:
-        while requests := self._take():
-            for group in self._perform(requests):
-                self._loop.post(self._deliver, group)
+        if self._perform is None:
+            self._work_off()
+        else:
+            while requests := self._take():
+                for group in self._perform(requests):
+                    self._loop.post(self._deliver, group)
         self._loop.post(self._retire, token)
+
+    # Without a perform of its own
+
+    def announce(self, requests: Sequence[R]) -> None:
+        """Start what the requests will need, without waiting. In a worker."""
+        for request in requests:
+            with suppress(Exception):  # a hint; what is wrong comes up again
+                request.announce()
+
+    def perform_some(self, requests: Sequence[R]) -> None:
+        """Do a few requests that were announced, in a worker."""
+        for request in requests:
+            try:
+                request.perform()
+            except BaseException as exc:
+                request.error = without_frames(exc)
+
+    def _work_off(self) -> None:
+        """
+        Do what waits, a few requests at a time. What nobody works on yet stays in the queue,
+        announced, so that a request which takes long holds up no more than those beside it.
+        """
+        post = self._loop.post
+        bell = threading.Lock()
+        bell.acquire()
+        while True:
+            fresh = self._begin_announcing()
+            if fresh:
+                self.announce(fresh)
+            with self._lock:
+                some = self._some
+                requests: list[R] = []
+                # The last of several threads leaves waiting to the others.
+                if self._may_perform():
+                    requests = self._pop(some)
+                    self._performing += bool(requests)
+                help_wanted = self._is_help_wanted() and not self._asked_for_help
+                self._asked_for_help |= help_wanted
+            if help_wanted:
+                post(self._help)
+            if not requests:
+                if self._linger(bell):
+                    continue
+                return
+            began = time.monotonic()
+            self.perform_some(requests)
+            took = time.monotonic() - began
+            self._performing_ends()
+            post(self._deliver, requests)
+            if took > SLOW_SECONDS:
+                self._some = max(some // 2, 1)
+            elif took < QUICK_SECONDS and len(requests) == some:
+                self._some = min(some * 2, MOST_TOGETHER)
+
+    def _has_work(self) -> bool:
+        """Whether there is something to do for one thread more."""
+        if self._may_perform():
+            return bool(self._waiting)
+        return self._announced < min(len(self._waiting), self._batch)
+
+    def _may_perform(self) -> bool:
+        return self._performing < self._performers
+
+    def _performing_ends(self) -> None:
+        with self._lock:
+            self._performing -= 1
+
+    def _is_help_wanted(self) -> bool:
+        """Whether there is something to do while all threads may be waiting for the disk."""
+        return self._performing == self._active < self._threads and self._has_work()
+
+    def _linger(self, bell: threading.Lock) -> bool:
+        """Wait a moment for more, which saves a thread's end and another's start."""
+        with self._lock:
+            if not self._yielding and self._has_work():
+                return True
+            if self._yielding or self._limiter.available_tokens < 1:
+                self._active -= 1
+                return False
+            self._lingering.append(bell)
+        if bell.acquire(timeout=LINGER_SECONDS):
+            return True
+        with self._lock:
+            if bell in self._lingering:
+                self._lingering.remove(bell)
+                self._active -= 1
+                return False
+        bell.acquire()  # it is being rung
+        return True
+
+    def _help(self) -> None:
+        """A thread leaves requests to others, because it may have to wait for the disk."""
+        with self._lock:
+            self._asked_for_help = False
+            wanted = self._active > 0 and self._is_help_wanted()
+        if wanted:
+            with suppress(RuntimeError):  # no more threads: the one at work goes on
+                self._hire()
+
+    def _begin_announcing(self) -> list[R]:
+        with self._lock:
+            if self._announced >= min(len(self._waiting), self._batch):
+                return []
+            if len(self._waiting) == 1 and self._may_perform():
+                return []  # it is done at once
+            fresh = list(islice(self._waiting, self._announced, self._batch))
+            self._announced += len(fresh)
+        return [request for request in fresh if not request._abandoned]
+
+    def _pop(self, most: int) -> list[R]:
+        """The next requests that somebody wants; none while others wait for the limiter."""
+        requests: list[R] = []
+        while self._waiting and len(requests) < most and not self._yielding:
+            request = self._waiting[0]
+            if requests and not (request.together or self._perform):
+                break
+            self._waiting.popleft()
+            self._announced -= self._announced > 0
+            if request._abandoned:
+                self._dropped -= 1
+            else:
+                request._taken = True
+                requests.append(request)
+        return requests
 
     def _take(self) -> list[R]:
         with self._lock:
@@ -525,16 +728,8 @@ class Crew(Generic[R]):
 
     def take(self) -> list[R]:
         """A batch of what waits; none while others wait for the limiter. For ``perform``."""
-        requests: list[R] = []
         with self._lock:
-            while self._waiting and len(requests) < self._batch and not self._yielding:
-                request = self._waiting.popleft()
-                if request._abandoned:
-                    self._dropped -= 1
-                else:
-                    request._taken = True
-                    requests.append(request)
-        return requests
+            return self._pop(self._batch)
 
     def put_back(self, requests: Sequence[R]) -> bool:
         """
@@ -554,6 +749,7 @@ class Crew(Generic[R]):
         if limiter.available_tokens <= 0 and limiter.statistics().tasks_waiting:
             self._yielding = True
         for request in requests:
+            request.forget()  # the thread may refer to the request a moment longer
             request.deliver()
 
     def _retire(self, token: object) -> None:
@@ -561,7 +757,7 @@ class Crew(Generic[R]):
         self._yielding = False
         self._limiter.release_on_behalf_of(token)
         with self._lock:
-            wanted = self._active < self._threads and bool(self._waiting)
+            wanted = self._active < self._threads and self._has_work()
         if wanted:
             try:
                 self._hire()
@@ -573,32 +769,10 @@ class Crew(Generic[R]):
         with self._lock:
             requests = list(self._waiting)
             self._waiting.clear()
+            self._announced = 0
             self._dropped = 0
         for request in requests:
             request._taken = True
             request.error = RuntimeError(*error.args)
             request.forget()
             request.deliver()
-
-
-def _perform_each(requests: Sequence[R]) -> Iterator[Sequence[R]]:
-    """Do one after another; gives those that are done, a few at a time."""
-    if len(requests) > 1:
-        for request in requests:
-            with suppress(Exception):  # a hint; what is wrong comes up again
-                request.announce()
-    group: list[R] = []
-    since = time.monotonic()
-    for request in requests:
-        try:
-            request.perform()
-        except BaseException as exc:
-            request.error = without_frames(exc)
-        group.append(request)
-        # All at once, and the loop would run all their tasks before anything else.
-        if len(group) == GROUP or time.monotonic() - since > GROUP_SECONDS:
-            yield group
-            group = []
-            since = time.monotonic()
-    if group:
-        yield group

@@ -144,7 +144,7 @@ class Log:
 class Index:
     """Where the last record of each key is."""
 
-    HEAD = struct.Struct("<8sQII")  # magic, end of the log that is covered, its checksum, slots used
+    HEAD = struct.Struct("<8sQII")  # magic, end of the log covered, its checksum, slots used
     MAGIC = b"kvindex1"
     START = 4096
 
@@ -157,7 +157,7 @@ class Index:
     def hash(key: bytes) -> tuple[int, bytes]:
         """Where the search for a key begins, and two bytes to know it by."""
         digest = blake2b(key, digest_size=8).digest()
-        return int.from_bytes(digest, "little"), digest[:2]
+        return int.from_bytes(digest, "little"), digest[6:]
 
     @classmethod
     async def create(cls, path: Path, places: dict[bytes, int], slots: int) -> Index:

@@ -1,7 +1,8 @@
 """Ways to cancel a task at a chosen await, on every event loop.
 
-``suspensions`` counts how often a coroutine gives the event loop control; :data:`WAYS` are the ways in
-which a program cancels a task there. With both, a test sweeps over all the awaits of a call.
+:class:`Suspensions` counts how often a coroutine gives control to the event loop; :func:`ways` are
+the ways in which a program cancels a task there. With both, :func:`sweep` goes over all the awaits
+of a call.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -58,15 +60,13 @@ class _Driven(Awaitable[T]):
 
     def __await__(self) -> Generator[Any, Any, T]:
         counter = self.suspensions
+        coroutine = self.coroutine
         value: Any = None
         error: BaseException | None = None
         try:
             while True:
                 try:
-                    if error is None:
-                        what = self.coroutine.send(value)
-                    else:
-                        what = self.coroutine.throw(error)
+                    what = coroutine.send(value) if error is None else coroutine.throw(error)
                 except StopIteration as stop:
                     return stop.value  # type: ignore[no-any-return]
                 if counter.count == counter.at:
@@ -78,7 +78,8 @@ class _Driven(Awaitable[T]):
                 except BaseException as exc:
                     error = exc
         finally:
-            self.coroutine.close()
+            coroutine.close()
+            error = None  # or it would refer to this frame, and the frame to it
 
 
 Call = Callable[[], Awaitable[object]]
@@ -179,12 +180,16 @@ MOST_SUSPENSIONS = 200
 
 
 async def sweep(
-    backend_name: str, call: Call, after: Callable[[str, bool], Awaitable[object]]
+    backend_name: str,
+    before: Callable[[], Awaitable[T]],
+    call: Callable[[T], Awaitable[object]],
+    after: Callable[[T, str, bool], Awaitable[object]],
 ) -> int:
     """
     Cancel a call at its first suspension, at its second one..., in every way; then look.
 
-    :param call: makes a new awaitable each time
+    :param before: prepares each attempt
+    :param call: what is cancelled
     :param after: looks at the state; gets a description, and whether the call was cancelled
     :return: the most suspensions it was cancelled at
     """
@@ -192,8 +197,9 @@ async def sweep(
     for name, way in ways(backend_name).items():
         at = 0
         while True:
-            count, cancelled = await way(call, at)
-            await after(f"{name} at suspension {at}", cancelled)
+            state = await before()
+            count, cancelled = await way(partial(call, state), at)
+            await after(state, f"{name} at suspension {at}", cancelled)
             if count <= at:  # it ended before
                 break
             at += 1

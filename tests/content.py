@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def open_descriptors() -> set[str]:
         except FileNotFoundError:  # the listing's own
             continue
     return result
+
+
+def settled_descriptors() -> set[str]:
+    """As :func:`open_descriptors`, once what earlier tests have left to the collector is gone."""
+    gc.collect()
+    return open_descriptors()
 
 
 def maps_of(path: os.PathLike[str]) -> int:

@@ -198,7 +198,12 @@ def _content(fd: int) -> bytes:
 # What an old or confined kernel lacks: the functions, and what they then do. An errno is
 # raised; anything else is the answer.
 _LACKING: dict[str, dict[str, Any]] = {
-    "populate": {"populate_read": errno.EINVAL, "populate_write": errno.EINVAL},
+    "populate": {
+        "populate_read": errno.EINVAL,
+        "populate_write": errno.EINVAL,
+        "populate_read_many": False,
+    },
+    "process_madvise": {"will_need_many": False, "populate_read_many": False},
     "nowait_reads": {"read_nowait": errno.EOPNOTSUPP},
     "cachestat": {"cached_pages": errno.ENOSYS},
     "mincore": {"resident": errno.ENOSYS},
@@ -323,7 +328,7 @@ class FakeKernel:
         """
         for feature in features:
             for name, answer in _LACKING[feature].items():
-                if error is not None or (type(answer) is int):
+                if type(answer) is int or (error is not None and answer is not False):
                     self.fail(name, answer if error is None else error)
                 else:
                     self.wrap(name, lambda real, *arguments, answer=answer, **options: answer)
@@ -418,6 +423,9 @@ class FakeKernel:
         self._track(fd)
         return self._call(self.kernel.file_is_in_memory, "file_is_in_memory", fd)
 
+    def disk_queue(self, fd: int) -> int:
+        return self._call(self.kernel.disk_queue, "disk_queue", fd)
+
     def free_blocks(self, fd: int) -> int:
         return self._call(self.kernel.free_blocks, "free_blocks", fd)
 
@@ -474,6 +482,12 @@ class FakeKernel:
 
     def populate_write(self, address: int, length: int) -> None:
         self._call(self.kernel.populate_write, "populate_write", address, length)
+
+    def will_need_many(self, spans: Sequence[tuple[int, int]]) -> bool:
+        return self._call(self.kernel.will_need_many, "will_need_many", spans)
+
+    def populate_read_many(self, spans: Sequence[tuple[int, int]]) -> bool:
+        return self._call(self.kernel.populate_read_many, "populate_read_many", spans)
 
     def resident(self, address: int, length: int) -> bytes:
         return self._call(self.kernel.resident, "resident", address, length)

@@ -13,7 +13,7 @@ from anyio import CapacityLimiter
 
 from aiommap import AsyncMmap, MmapOptions, Protection, capabilities
 
-from .content import inc, only_linux, open_descriptors, zeros
+from .content import inc, only_linux, open_descriptors, settled_descriptors, zeros
 from .fake_kernel import FakeKernel
 
 pytestmark = pytest.mark.anyio
@@ -100,7 +100,7 @@ async def test_wrong_options() -> None:
 @only_linux
 async def test_more_memory_than_there_is() -> None:
     """The kernel's OSError, and nothing is left behind."""
-    before = open_descriptors()
+    before = settled_descriptors()
     for protection in (WRITE, COPY):
         with pytest.raises(OSError, match=r"\[Errno"):
             await AsyncMmap.anonymous(2**62, protection)
@@ -145,7 +145,7 @@ async def test_populate_brings_every_page_in(protection: Protection) -> None:
 @only_linux
 async def test_populate_that_fails_leaves_nothing(kernel: FakeKernel) -> None:
     """When the pages cannot be had, the error shows and memory and descriptor are gone."""
-    before = open_descriptors()
+    before = settled_descriptors()
     kernel.fail("populate_write", errno.ENOMEM)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         await Mmap.anonymous_with_options(N, "r+", MmapOptions(populate=True))
@@ -156,7 +156,7 @@ async def test_populate_that_fails_leaves_nothing(kernel: FakeKernel) -> None:
 @only_linux
 async def test_shared_memory_is_a_file_in_memory() -> None:
     """Shared memory is a memfd that is closed on exec and not executable as a file."""
-    before = open_descriptors()
+    before = settled_descriptors()
     async with AsyncMmap.anonymous(N):
         # Up to Python 3.12 an mmap object keeps a descriptor of its own.
         new = open_descriptors() - before

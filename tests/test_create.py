@@ -13,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from aiommap import AsyncMmap, Protection
 from aiommap._event_loop import current_event_loop
 
-from .content import file_of, inc, only_linux, open_descriptors, zeros
+from .content import file_of, inc, only_linux, open_descriptors, settled_descriptors, zeros
 from .fake_kernel import FakeKernel
 
 pytestmark = pytest.mark.anyio
@@ -186,7 +186,7 @@ CALLS = ["reserve", "sync_all", "sync_directory", "map_file", "file_is_in_memory
 @pytest.mark.parametrize("call", CALLS)
 async def test_failures_leave_no_file(tmp_path: Path, kernel: FakeKernel, call: str) -> None:
     """Wherever it fails, the new file, the descriptor and the map are gone."""
-    before = open_descriptors()
+    before = settled_descriptors()
     kernel.fail(call, errno.ENOSPC)
     with pytest.raises(OSError, match="No space left") as caught:
         await Mmap.create(tmp_path / "new", N)
@@ -223,7 +223,7 @@ async def test_where_blocks_cannot_be_reserved(tmp_path: Path, kernel: FakeKerne
 @pytest.mark.parametrize("call", CALLS)
 async def test_cancelled_in_the_middle(tmp_path: Path, kernel: FakeKernel, call: str) -> None:
     """Cancelled while the worker is at it, no file, descriptor or map is left."""
-    before = open_descriptors()
+    before = settled_descriptors()
     loop = current_event_loop()
     entered = anyio.Event()
     with kernel.hold(call, on_enter=lambda: loop.post(entered.set)) as hold:

@@ -6,6 +6,7 @@ import errno
 import gc
 import weakref
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -278,7 +279,7 @@ def test_merge_keeps_exactly_the_bytes(ranges: list[tuple[int, int]]) -> None:
     assert [byte for offset, length in merged for byte in range(offset, offset + length)] == sorted(
         whole
     )
-    for (offset, length), (following, _) in zip(merged, merged[1:], strict=False):
+    for (offset, length), (following, _) in pairwise(merged):
         assert offset + length < following
     assert all(length > 0 for _, length in merged)
     assert summary(ranges) == merged
@@ -457,9 +458,19 @@ class LogAgainstKernel(RuleBasedStateMachine):
     def write_back_fails(self, where: tuple[int, int]) -> None:
         self.kernel.lose(*where)
         self.log.fail(EIO, [where])
+        assert all(each.ticket and each.ticket.failure for each in self.open)
 
     @rule()
     def clear(self) -> None:
+        self.log.clear()
+
+    @rule(where=ranges_in_size)
+    def write_back_fails_unnoticed(self, where: tuple[int, int]) -> None:
+        """Somebody acknowledges the failure before those who wait hear of it."""
+        self.kernel.store(*where)
+        if self.log.failure is None:
+            self.waiting.append(self.ask(*where))
+        self.write_back_fails(where)
         self.log.clear()
 
     @invariant()

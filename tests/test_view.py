@@ -178,12 +178,12 @@ async def test_store_items_and_slices(m: AsyncMmap) -> None:
                 v[0] = value
         for wrong in (b"a", 1.0, None):
             with pytest.raises(TypeError, match="invalid type for format"):
-                v[0] = wrong  # type: ignore[assignment]
+                v[0] = wrong  # type: ignore[call-overload]
         for size in (0, 2, 4):
             with pytest.raises(ValueError, match="different structures"):
                 v[10:13] = bytes(size)
         with pytest.raises(TypeError, match="bytes-like"):
-            v[0:2] = "ab"  # type: ignore[assignment]
+            v[0:2] = "ab"  # type: ignore[call-overload]
         with pytest.raises(IndexError, match="index"):
             v[50] = 1
         assert bytes(v) == expected

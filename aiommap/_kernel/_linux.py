@@ -67,15 +67,22 @@ _statx = foreign(
     ctypes.c_uint,
     ctypes.c_void_p,
 )
-_syscall = foreign(
-    _libc,
+_cachestat_types = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
+_syscall = foreign(_libc, "syscall", ctypes.c_long, *_cachestat_types)
+# With the GIL: a few pages are counted faster than it is given away and taken back.
+_syscall_with_gil = foreign(
+    ctypes.PyDLL(None, use_errno=True), "syscall", ctypes.c_long, *_cachestat_types
+)
+_process_madvise = foreign(
+    ctypes.CDLL(None, use_errno=True),
     "syscall",
     ctypes.c_long,
     ctypes.c_long,
     ctypes.c_long,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
+    _address,
+    _size,
     ctypes.c_long,
+    ctypes.c_ulong,
 )
 
 _MS_SYNC = 4
@@ -93,6 +100,11 @@ _COPY_MOST = 0x7FFFFFFF // page_size * page_size  # MAX_RW_COUNT: no call moves 
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_SIZE = 0x200
+_FEW_PAGES = 256 << 10
+_SMALL_QUEUE = 32  # of a SATA disk
+_SYS_PROCESS_MADVISE = 440
+_PIDFD_SELF_PROCESS = -10001  # Linux 6.14
+_MADV_WILLNEED = 3
 _SYS_CACHESTAT = 451  # the same number on every architecture
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
 
@@ -200,6 +212,15 @@ def file_is_in_memory(fd: int) -> bool:
     if _fstatfs(fd, ctypes.addressof(buffer)) == -1:
         raise error_from_errno()
     return (buffer[0] & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
+
+
+def disk_queue(fd: int) -> int:
+    device = os.fstat(fd).st_dev
+    disk = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for queue in ("queue", "../queue"):  # a partition has its disk's
+        with suppress(OSError, ValueError), open(f"{disk}/{queue}/nr_requests") as file:
+            return int(file.read())
+    return _SMALL_QUEUE
 
 
 def free_blocks(fd: int) -> int:
@@ -338,6 +359,27 @@ def populate_write(address: int, length: int) -> None:
     _advise(address, length, _MADV_POPULATE_WRITE)
 
 
+def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
+    return _process_madvise_self(spans, _MADV_WILLNEED) is not None
+
+
+def populate_read_many(spans: Sequence[tuple[int, int]]) -> bool:
+    done = _process_madvise_self(spans, _MADV_POPULATE_READ)
+    return done is not None and done == sum(length for _, length in spans)
+
+
+def _process_madvise_self(spans: Sequence[tuple[int, int]], advice: int) -> int | None:
+    """How many bytes were advised, from the first on; None for none."""
+    if _process_madvise is None:
+        return None
+    count = len(spans)
+    vector = (ctypes.c_uint64 * (2 * count))(*[number for span in spans for number in span])
+    done = _process_madvise(
+        _SYS_PROCESS_MADVISE, _PIDFD_SELF_PROCESS, ctypes.addressof(vector), count, advice, 0
+    )
+    return None if done == -1 else done
+
+
 def resident(address: int, length: int) -> bytes:
     assert _mincore is not None
     vector = ctypes.create_string_buffer(-(-length // page_size))
@@ -347,13 +389,14 @@ def resident(address: int, length: int) -> bytes:
 
 
 def cached_pages(fd: int, offset: int, length: int) -> int:
-    if _syscall is None:
+    if _syscall is None or _syscall_with_gil is None:
         raise _unsupported()
     if length == 0:  # would be the rest of the file
         return 0
     wanted = _CachestatRange(offset, length)
     answer = _Cachestat()
-    if _syscall(_SYS_CACHESTAT, fd, ctypes.addressof(wanted), ctypes.addressof(answer), 0) == -1:
+    call = _syscall_with_gil if length <= _FEW_PAGES else _syscall
+    if call(_SYS_CACHESTAT, fd, ctypes.addressof(wanted), ctypes.addressof(answer), 0) == -1:
         raise error_from_errno()
     return int(answer.cached)
 
@@ -391,15 +434,15 @@ def move(destination: int, source: int, length: int) -> None:
 
 
 def search(data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
-    if last:
-        # There is no memmem from the end. This holds the GIL for the piece, well below 1 ms.
-        return data.rfind(needle, 0, length)
     assert _memmem is not None
     # SAFETY: the export pins the bytearray's memory.
     with memoryview(data):
         address = address_of(data)
         found = _memmem(address, length, needle, len(needle))
-    return -1 if not found else found - address
+    if not found:
+        return -1
+    # There is no memmem from the end. This holds the GIL, for a piece that has the needle.
+    return data.rfind(needle, found - address, length) if last else found - address
 
 
 def advise(address: int, length: int, advice: Advice) -> None:

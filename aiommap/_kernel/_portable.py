@@ -165,6 +165,10 @@ def file_is_in_memory(fd: int) -> bool:
     return False
 
 
+def disk_queue(fd: int) -> int:
+    return 0
+
+
 def free_blocks(fd: int) -> int:
     return os.fstatvfs(fd).f_bavail
 
@@ -315,6 +319,14 @@ def populate_read(address: int, length: int) -> None:
 
 def populate_write(address: int, length: int) -> None:
     raise unsupported()
+
+
+def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
+    return False
+
+
+def populate_read_many(spans: Sequence[tuple[int, int]]) -> bool:
+    return False
 
 
 def resident(address: int, length: int) -> bytes:

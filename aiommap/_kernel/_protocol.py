@@ -86,6 +86,9 @@ class Kernel(Protocol):
     def file_is_in_memory(self, fd: int) -> bool:
         """Whether stores to the file never wait for a disk (tmpfs, memfd)."""
 
+    def disk_queue(self, fd: int) -> int:
+        """Requests that the file's disk takes before one has to wait; an estimate if unknown."""
+
     def free_blocks(self, fd: int) -> int:
         """Blocks of the file's file system that we may still use."""
 
@@ -149,6 +152,12 @@ class Kernel(Protocol):
 
     def populate_write(self, address: int, length: int) -> None:
         """As :meth:`populate_read`, ready for stores; dirties every page."""
+
+    def will_need_many(self, spans: Sequence[tuple[int, int]]) -> bool:
+        """Start reading pages, ``(address, length)`` each, in one call; False for "one by one"."""
+
+    def populate_read_many(self, spans: Sequence[tuple[int, int]]) -> bool:
+        """Bring pages in, in one call; False for "one by one", some may be there then."""
 
     def resident(self, address: int, length: int) -> bytes:
         """A byte for each page, its lowest bit set if the page is in memory (``mincore``)."""

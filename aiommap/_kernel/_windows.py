@@ -256,6 +256,10 @@ def file_is_in_memory(fd: int) -> bool:
     return False  # Windows has no file system in memory of its own
 
 
+def disk_queue(fd: int) -> int:
+    return 0
+
+
 def free_blocks(fd: int) -> int:
     assert _final_path is not None
     name = ctypes.create_unicode_buffer(1 << 15)  # the longest path there is
@@ -408,6 +412,14 @@ def populate_read(address: int, length: int) -> None:
 
 def populate_write(address: int, length: int) -> None:
     raise _unsupported()
+
+
+def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
+    return False
+
+
+def populate_read_many(spans: Sequence[tuple[int, int]]) -> bool:
+    return False
 
 
 def resident(address: int, length: int) -> bytes:

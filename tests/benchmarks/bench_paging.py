@@ -69,8 +69,7 @@ def _speed_up(
     scenario: str, row: str, other: str, column: str = "{}"
 ) -> Callable[[Figures, str], float | None]:
     """How many times as fast, where the figures are times."""
-    inverse = _ratio(scenario, other, row, column)
-    return inverse
+    return _ratio(scenario, other, row, column)
 
 
 def _figure(scenario: str, row: str, column: str = "{}") -> Callable[[Figures, str], float | None]:
@@ -78,12 +77,19 @@ def _figure(scenario: str, row: str, column: str = "{}") -> Callable[[Figures, s
 
 
 PROMISES = (
-    Promise("hot read_at / (slice + checkpoint)", _ratio(scenarios.HOT, READ_AT, SLICE), 1.5, False),
+    Promise(
+        "hot read_at / (slice + checkpoint)", _ratio(scenarios.HOT, READ_AT, SLICE), 1.5, False
+    ),
     Promise("hot view / (Lock + slice)", _ratio(scenarios.HOT, VIEW, LOCK_SLICE), 1.3, False),
     Promise("aiofiles / hot read_at", _speed_up(scenarios.HOT, READ_AT, AIOFILES), 20, True),
-    Promise("anyio.open_file / hot read_at", _speed_up(scenarios.HOT, READ_AT, ANYIO_FILE), 20, True),
     Promise(
-        "to_thread(os.pread) / hot read_at", _speed_up(scenarios.HOT, READ_AT, THREAD_PREAD), 15, True
+        "anyio.open_file / hot read_at", _speed_up(scenarios.HOT, READ_AT, ANYIO_FILE), 20, True
+    ),
+    Promise(
+        "to_thread(os.pread) / hot read_at",
+        _speed_up(scenarios.HOT, READ_AT, THREAD_PREAD),
+        15,
+        True,
     ),
     Promise(
         "cold reads, 256 tasks: / aiofiles",
@@ -172,10 +178,10 @@ def _verdicts(figures: Figures, loops: list[str]) -> Table:
 
 def plot(figures: Figures, loops: list[str], path: Path) -> None:
     """The figures of the first loop as bars and lines."""
-    import matplotlib
+    import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found, unused-ignore]
 
     loop = loops[0]
     figure, places = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
@@ -213,9 +219,8 @@ def _bars(place: Any, figures: Figures, scenario: str, column: str, *, log: bool
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loops", default=",".join(LOOPS), help="of: " + ", ".join(LOOPS))
-    parser.add_argument(
-        "--only", default=",".join(scenarios.SCENARIOS), help="of: " + ", ".join(scenarios.SCENARIOS)
-    )
+    names = ",".join(scenarios.SCENARIOS)
+    parser.add_argument("--only", default=names, help=f"of: {names}")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--size", type=int, default=1024, help="MiB of the file")
     parser.add_argument("--rounds", type=int, default=3)

@@ -53,7 +53,7 @@ async def with_aiofiles(path: Path, tasks: int) -> AsyncIterator[Read | None]:
     if not _on_asyncio():
         yield None
         return
-    import aiofiles
+    import aiofiles  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     free = [await aiofiles.open(path, "rb", buffering=0) for _ in range(tasks)]
     files = list(free)
@@ -101,7 +101,7 @@ async def with_aiofile(path: Path, tasks: int) -> AsyncIterator[Read | None]:
     if not _on_asyncio():
         yield None
         return
-    from aiofile import AIOFile
+    from aiofile import AIOFile  # type: ignore[import-not-found, unused-ignore]
 
     async with AIOFile(str(path), "rb") as file:
 

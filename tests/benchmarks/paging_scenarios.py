@@ -190,7 +190,8 @@ async def _timed(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
         heart.reset()
         start = time.perf_counter()
         await work()
-        return time.perf_counter() - start, heart.longest_gap
+        took = time.perf_counter() - start
+    return took, heart.longest_gap
 
 
 def _plain_loop(path: Path) -> int:
@@ -298,7 +299,7 @@ async def cancel(run: Run) -> None:
 async def _until_idle(file: SlowFile) -> None:
     """Pages that are on their way still come: wait for them, so that they can be evicted."""
     before = -1
-    while before != (before := file.statistics().reads):
+    while before != (before := file.statistics().reads):  # noqa: ASYNC110 - nobody tells
         await anyio.sleep(0.1)
 
 

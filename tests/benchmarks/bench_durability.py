@@ -1,0 +1,333 @@
+"""Flushes beside their peers: ``uv run --group bench python -m tests.benchmarks.bench_durability``.
+
+Prints what was measured and the ratios that the flusher must show, with a verdict each. Needs
+Linux, root for the disk with a slow flush, and a real disk with 1 GiB free; takes about two
+minutes a loop. Ratios are between figures of one run, taken in turns, medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError("Linux only")
+
+import argparse
+import ctypes
+import gc
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio import to_thread
+from rich.console import Console
+from rich.table import Table
+
+from aiommap import AsyncMmap
+
+from ..rigs.faults import cached_pages
+from ..rigs.heartbeat import heartbeat
+from ..rigs.logged_disk import logged_disk
+
+MIB = 1 << 20
+PAGE = 4096
+FILE = 4 * MIB
+RECORD = b"r" * 64
+TASKS = (1, 10, 100)
+_MS_SYNC = 4
+
+LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asyncio": ("asyncio", {}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+Commit = Callable[[int], Awaitable[object]]
+Store = Callable[[int], None]
+
+
+def msync(address: int, length: int) -> None:
+    if _libc.msync(address, length, _MS_SYNC):
+        raise OSError(ctypes.get_errno(), "msync")
+
+
+def page_by_page(path: Path, size: int) -> None:
+    """
+    A file whose pages are single in the page cache: a file that is written at once is kept in
+    large folios, and the kernel then writes all of one for each dirty byte.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        for offset in range(0, size, PAGE):
+            os.pwrite(fd, bytes(PAGE), offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def plain_map(path: Path) -> Iterator[tuple[int, mmap.mmap, int]]:
+    """A descriptor, a map of the standard library, and its address."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        with mmap.mmap(fd, 0) as pages:
+            anchor = ctypes.c_char.from_buffer(pages)
+            try:
+                yield fd, pages, ctypes.addressof(anchor)
+            finally:
+                del anchor
+    finally:
+        os.close(fd)
+
+
+async def commits_per_second(tasks: int, seconds: float, store: Store, commit: Commit) -> float:
+    """Tasks that store 64 bytes into a page of their own and commit them, again and again."""
+    done = 0
+    began = time.perf_counter()
+    end = began + seconds
+    step = FILE // tasks // PAGE * PAGE
+
+    async def work(number: int) -> None:
+        nonlocal done
+        offset = number * step
+        while time.perf_counter() < end:
+            store(offset)
+            await commit(offset)
+            done += 1
+
+    async with anyio.create_task_group() as group:
+        for number in range(tasks):
+            group.start_soon(work, number)
+    return done / (time.perf_counter() - began)
+
+
+async def commits(path: Path, seconds: float, rounds: int) -> dict[str, dict[int, float]]:
+    """Commits per second, by contender and number of tasks."""
+    page_by_page(path, FILE)
+    figures: dict[str, dict[int, list[float]]] = {}
+    with plain_map(path) as (fd, pages, address):
+        async with AsyncMmap.open_path(path, "r+") as m:
+
+            def store(offset: int) -> None:
+                pages[offset : offset + 64] = RECORD
+
+            async def by_view(offset: int) -> None:
+                async with m.view_mut(offset, 64) as view:
+                    view[:] = RECORD
+                    await view.flush()
+
+            contenders: dict[str, tuple[Store, Commit]] = {
+                "to_thread(mmap.flush)": (store, lambda _: to_thread.run_sync(pages.flush)),
+                "to_thread(msync)": (store, lambda _: to_thread.run_sync(msync, address, FILE)),
+                "to_thread(fdatasync)": (store, lambda _: to_thread.run_sync(os.fdatasync, fd)),
+                "m.flush()": (store, lambda _: m.flush()),
+                "m.flush_range()": (store, lambda offset: m.flush_range(offset, 64)),
+                "view_mut + view.flush()": (lambda _: None, by_view),
+            }
+            for _ in range(rounds):
+                for tasks in TASKS:
+                    for name, (put, commit) in contenders.items():
+                        gc.collect()
+                        rate = await commits_per_second(tasks, seconds, put, commit)
+                        figures.setdefault(name, {}).setdefault(tasks, []).append(rate)
+    return {
+        name: {tasks: statistics.median(rates) for tasks, rates in by_tasks.items()}
+        for name, by_tasks in figures.items()
+    }
+
+
+def dirty(address: int, size: int, value: int) -> None:
+    _libc.memset(address, value, size)
+
+
+async def large_flush(path: Path, size: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Seconds for a flush of dirty memory, and the heartbeat's longest gap meanwhile."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    figures: dict[str, list[tuple[float, float]]] = {}
+    with plain_map(path) as (fd, pages, address):
+        async with AsyncMmap.open_path(path, "r+") as m:
+            contenders: dict[str, Callable[[], Awaitable[object]]] = {
+                "to_thread(mmap.flush)": lambda: to_thread.run_sync(pages.flush),
+                "to_thread(msync)": lambda: to_thread.run_sync(msync, address, size),
+                "m.flush()": m.flush,
+                "nothing (idle heartbeat)": lambda: anyio.sleep(0.5),
+            }
+            dirty(address, size, 1)  # once unmeasured: the first writes fill unwritten blocks
+            os.fsync(fd)
+            value = 1
+            for round_ in range(rounds):
+                # In turns, and not always in the same order.
+                names = list(contenders)
+                for name in names if round_ % 2 else reversed(names):
+                    value += 1
+                    await to_thread.run_sync(dirty, address, size, value % 256)
+                    gc.collect()
+                    gc.disable()
+                    async with heartbeat() as heart:
+                        await anyio.sleep(0.05)
+                        heart.reset()
+                        began = time.perf_counter()
+                        await contenders[name]()
+                        took = time.perf_counter() - began
+                    gc.enable()
+                    figures.setdefault(name, []).append((took, heart.longest_gap))
+                    await to_thread.run_sync(os.fdatasync, fd)
+    return {
+        name: (
+            statistics.median(took for took, _ in values),
+            statistics.median(gap for _, gap in values),
+        )
+        for name, values in figures.items()
+    }
+
+
+async def started_write_back(path: Path, size: int, rounds: int) -> tuple[float, float, int]:
+    """Seconds of flush_async, seconds of a full flush, and pages dirty 0.5 s after the former."""
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    started: list[float] = []
+    flushed: list[float] = []
+    left = 0
+    with plain_map(path) as (fd, _, address):
+        async with AsyncMmap.open_path(path, "r+") as m:
+            await to_thread.run_sync(dirty, address, size, 1)
+            await m.flush()
+            for value in range(rounds):
+                await to_thread.run_sync(dirty, address, size, value + 2)
+                began = time.perf_counter()
+                pending = await m.flush_async()
+                started.append(time.perf_counter() - began)
+                await anyio.sleep(0.5)
+                now = cached_pages(fd)
+                left = max(left, now.dirty)
+                await pending
+                await to_thread.run_sync(dirty, address, size, value + 100)
+                began = time.perf_counter()
+                await m.flush()
+                flushed.append(time.perf_counter() - began)
+    return statistics.median(started), statistics.median(flushed), left
+
+
+class Report:
+    """Tables, and the verdicts at the end."""
+
+    def __init__(self) -> None:
+        self.console = Console(width=110)
+        self.verdicts = Table("must show", "measured", "bound", "", title="Verdicts")
+        self.failed = 0
+
+    def commits(self, where: str, loop: str, figures: dict[str, dict[int, float]]) -> None:
+        table = Table(title=f"Commits per second {where}, {loop} (x to_thread(mmap.flush))")
+        table.add_column("")
+        for tasks in TASKS:
+            table.add_column(f"{tasks} tasks", justify="right")
+        base = figures["to_thread(mmap.flush)"]
+        for name, by_tasks in figures.items():
+            cells = [f"{rate:,.0f} ({rate / base[n]:.2f} x)" for n, rate in by_tasks.items()]
+            table.add_row(name, *cells)
+        self.console.print(table)
+
+    def verdict(self, text: str, value: float, bound: float, *, at_least: bool) -> None:
+        good = value >= bound if at_least else value <= bound
+        self.failed += not good
+        sign = ">=" if at_least else "<="
+        self.verdicts.add_row(
+            text, f"{value:.3g}", f"{sign} {bound:g}", "ok" if good else "NOT REACHED"
+        )
+
+    def ratio(self, figures: dict[str, dict[int, float]], tasks: int) -> float:
+        return figures["m.flush_range()"][tasks] / figures["to_thread(mmap.flush)"][tasks]
+
+
+def run(call: Callable[..., Awaitable[Any]], loop: str, *arguments: Any) -> Any:
+    backend, options = LOOPS[loop]
+    return anyio.run(call, *arguments, backend=backend, backend_options=options)
+
+
+def bench_commits(report: Report, loop: str, folder: Path, seconds: float, rounds: int) -> None:
+    many = (6, 35) if loop == "trio" else (8, 60)
+    here = run(commits, loop, folder / "commits", seconds, rounds)
+    report.commits("on this disk", loop, here)
+    report.verdict(f"{loop}: 100 tasks here", report.ratio(here, 100), many[0], at_least=True)
+    report.verdict(f"{loop}: 1 task here", report.ratio(here, 1), 0.9, at_least=True)
+    with logged_disk("ext4", flush=0.01) as disk:
+        slow = run(commits, loop, disk.path / "commits", seconds, rounds)
+    report.commits("at 10 ms a flush", loop, slow)
+    report.verdict(
+        f"{loop}: 100 tasks at 10 ms a flush", report.ratio(slow, 100), many[1], at_least=True
+    )
+    report.verdict(f"{loop}: 1 task at 10 ms a flush", report.ratio(slow, 1), 0.9, at_least=True)
+
+
+def bench_large(report: Report, loop: str, folder: Path, size: int, rounds: int) -> None:
+    figures = run(large_flush, loop, folder / "large", size, rounds)
+    table = Table(
+        "", "seconds", "longest gap of the loop", title=f"Flush of {size >> 20} MiB, {loop}"
+    )
+    for name, (took, gap) in figures.items():
+        table.add_row(name, f"{took:.3f}", f"{gap * 1e3:.1f} ms")
+    report.console.print(table)
+    took, gap = figures["m.flush()"]
+    raw = figures["to_thread(msync)"][0]
+    report.verdict(f"{loop}: large flush / raw msync", took / raw, 1.1, at_least=False)
+    report.verdict(f"{loop}: gap in ms during it", gap * 1e3, 10, at_least=False)
+
+
+def bench_started(report: Report, loop: str, folder: Path, rounds: int) -> None:
+    with logged_disk("ext4", 512 * MIB, flush=0.2) as disk:
+        slow = run(started_write_back, loop, disk.path / "started", 32 * MIB, rounds)
+    here = run(started_write_back, loop, folder / "started", 256 * MIB, rounds)
+    table = Table("", "flush_async", "flush", "dirty 0.5 s later", title=f"flush_async, {loop}")
+    for name, (started, flushed, left) in (
+        ("32 MiB at 200 ms a flush", slow),
+        ("256 MiB on this disk", here),
+    ):
+        table.add_row(name, f"{started * 1e3:.1f} ms", f"{flushed * 1e3:.1f} ms", f"{left} pages")
+    report.console.print(table)
+    report.verdict(
+        f"{loop}: flush_async / flush at 200 ms a flush", slow[0] / slow[1], 0.1, at_least=False
+    )
+    for name, figures in (("at 200 ms a flush", slow), ("here", here)):
+        report.verdict(f"{loop}: pages dirty 0.5 s later, {name}", figures[2], 0, at_least=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loop", choices=list(LOOPS), action="append")
+    parser.add_argument("--only", choices=("commits", "large", "started"), action="append")
+    parser.add_argument("--seconds", type=float, default=0.7, help="of each commit measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=1024, help="MiB of the large flush")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure")
+    options = parser.parse_args()
+    report = Report()
+    only = options.only or ("commits", "large", "started")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        for loop in options.loop or ("asyncio", "trio"):
+            if "commits" in only:
+                bench_commits(report, loop, folder, options.seconds, options.rounds)
+            if "large" in only:
+                bench_large(report, loop, folder, options.size * MIB, options.rounds)
+            if "started" in only:
+                bench_started(report, loop, folder, options.rounds)
+            for path in folder.iterdir():
+                path.unlink()
+    report.console.print(report.verdicts)
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
