@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import reprlib
 from array import array
 
 from ._typing import Buffer
@@ -17,7 +18,7 @@ def readable(data: Buffer, name: str = "data") -> memoryview:
     :raises TypeError: it is no buffer
     :raises BufferError: its bytes are not contiguous
     """
-    view = memoryview(data)
+    view = _view_of(data, name)
     if view.format == "B" and view.ndim == 1 and view.c_contiguous:
         return view
     if not view.c_contiguous:
@@ -33,10 +34,20 @@ def writable(buffer: Buffer, name: str = "buffer") -> memoryview:
     :raises TypeError: it is no buffer, or it is read-only
     :raises BufferError: its bytes are not contiguous
     """
-    view = memoryview(buffer)
+    view = _view_of(buffer, name)
     if view.readonly:
         raise TypeError(f"{name} must be writable, not a read-only {type(buffer).__name__}")
     return readable(view, name)
+
+
+def _view_of(data: Buffer, name: str) -> memoryview:
+    try:
+        return memoryview(data)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be bytes or another buffer, not {reprlib.repr(data)} of type "
+            f"{type(data).__name__}"
+        ) from None
 
 
 def is_plain(view: memoryview) -> bool:

@@ -294,8 +294,9 @@ class Mapping:
         if length > PROBED:
             return False
         if self._nowait and self.file is not None and not self.file.mincore_is_honest:
+            # The first piece that is not there ends it, and starts no more than one read.
             return all(
-                self._read_file_nowait(self._fd, self._window(count), self.offset + start) == count
+                self.is_loaded_nowait(start, count, careful)
                 for start, count in pieces(offset, length, INLINE)
             )
         return self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)
@@ -772,11 +773,20 @@ def map_file(
 
 
 def remap(file: File, protection: Protection, offset: int, length: int) -> Mapping:
-    """Map a range that is known to be inside the file."""
+    """
+    Map a range that was inside the file a moment ago.
+
+    :raises TruncatedError: it is not any more
+    """
     kernel = file.kernel
     delta = offset % kernel.map_granularity
     with naming(file.filename):
-        memory = kernel.map_file(file.fd, length + delta, protection, offset - delta)
+        try:
+            memory = kernel.map_file(file.fd, length + delta, protection, offset - delta)
+        except ValueError:
+            # CPython looks at the size too, and it has been cut since we did.
+            size = min(max(file.size() - offset, 0), length)
+            raise TruncatedError(0, length, size, file.filename) from None
     return Mapping(kernel, file, memory, protection, offset, length, delta)
 
 

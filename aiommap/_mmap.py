@@ -636,7 +636,7 @@ class AsyncMmap:
         When it returns, a power cut loses none of it, nor the size needed to read it. Tasks
         that ask at the same time share device flushes. Nothing to do for maps that are
         read-only, copy-on-write or anonymous. Takes no region: a task may flush under its own
-        view. Cancelled, it leaves; the flush goes on.
+        view. Cancelled, it leaves; what is under way goes on.
 
         :raises FlushError: this flush failed, or an earlier one that was not cleared
         :raises TruncatedError: the file does not reach the end of the map any more
@@ -946,7 +946,13 @@ async def _into_view_sync(core: OpenMap) -> MmapViewSync:
 
 
 def _check_path(path: StrOrBytesPath) -> str | bytes:
-    name = os.fspath(path)
+    try:
+        name = os.fspath(path)
+    except TypeError:
+        raise TypeError(
+            f"path must be a string, bytes or a path object, not {path!r} of type "
+            f"{type(path).__name__}"
+        ) from None
     if ("\0" if isinstance(name, str) else b"\0") in name:  # type: ignore[operator]
         raise ValueError(f"the path {name!r} has a NUL character in it, which no path can have")
     return name

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right
+from contextlib import suppress
 from functools import partial
 
 import anyio
 
 from . import _workers
+from ._errors import TruncatedError
 from ._mapping import Mapping
 from ._open_map import OpenMap
 
@@ -90,7 +92,9 @@ class Pins:
         async with self._turn:
             runs = self._counts.unpinned(first, stop)
             try:
-                await core.run(partial(_pin_runs, mapping, runs))
+                await core.run(partial(_pin_runs, mapping, offset, length, runs))
+            except TruncatedError:
+                raise
             except OSError as exc:
                 raise _with_limit(exc, mapping, length) from exc
             except GeneratorExit:
@@ -116,14 +120,21 @@ class Pins:
             await _workers.finish(partial(_unpin_runs, mapping, runs))
 
 
-def _pin_runs(mapping: Mapping, runs: list[Run]) -> None:
-    done: list[Run] = []
+def _pin_runs(mapping: Mapping, offset: int, length: int, runs: list[Run]) -> None:
+    mapping.check_reach(offset, length)
+    tried: list[Run] = []
     try:
         for run in runs:
+            tried.append(run)
             mapping.pin_pages(*run)
-            done.append(run)
     except OSError:
-        _unpin_runs(mapping, done)
+        # The one that failed too: where Linux cannot bring a page in, the run counts as locked
+        # all the same.
+        for run in tried:
+            with suppress(OSError):
+                mapping.unpin_pages(*run)
+        # For a page that is missing it says no more than ENOMEM.
+        mapping.check_reach(offset, length)
         raise
 
 

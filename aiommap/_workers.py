@@ -227,7 +227,7 @@ def without_frames(error: BaseException) -> BaseException:
         error.__traceback__ = None
         context, error.__context__ = error.__context__, None
         for earlier in (context, error.__cause__):
-            if earlier is not None:
+            if earlier is not None and earlier is not error:
                 without_frames(earlier)
     return error
 
@@ -730,6 +730,11 @@ class Crew(Generic[R]):
         """A batch of what waits; none while others wait for the limiter. For ``perform``."""
         with self._lock:
             return self._pop(self._batch)
+
+    @property
+    def waiting(self) -> int:
+        """About how many requests wait that no thread has taken."""
+        return len(self._waiting)
 
     def put_back(self, requests: Sequence[R]) -> bool:
         """

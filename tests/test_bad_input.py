@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ NO_BUFFER: list[Bad] = [
     (5, TypeError),
     ("text", TypeError),
     ([1, 2], TypeError),
-    (memoryview(b"abcdefgh")[::2], BufferError),
+    (memoryview(bytearray(8))[::2], BufferError),
     (memoryview(bytearray(8))[::-1], BufferError),
 ]
 NO_PROTECTION: list[Bad] = [
@@ -74,6 +75,9 @@ NO_PROTECTION: list[Bad] = [
     (b"r", TypeError),
 ]
 READ_ONLY: list[Bad] = [(b"bytes", TypeError), (memoryview(b"bytes"), TypeError)]
+SIZES: list[Bad] = [(bytes(SIZE + 1), ValueError)]
+NO_SEEK: list[Bad] = [(1, ValueError), (-SIZE - 1, ValueError)]
+NO_WHENCE: list[Bad] = [(3, ValueError), (-1, ValueError)]
 NOT_A_LIMITER: list[Bad] = [(1, TypeError), ("x", TypeError), (anyio.Lock, TypeError)]
 
 INDEX = NOT_INTEGERS + OUTSIDE
@@ -136,10 +140,10 @@ OF_A_VIEW: dict[str, tuple[Call, list[Bad]]] = {
     "readinto": (lambda v, x: v.readinto(x), [*NO_BUFFER, *READ_ONLY]),
     "readline": (lambda v, x: v.readline(x), NOT_INTEGERS),
     "write": (lambda v, x: v.write(x), NO_BUFFER),
-    "write too much": (lambda v, x: v.write(x), [(bytes(SIZE + 1), ValueError)]),
+    "write too much": (lambda v, x: v.write(x), SIZES),
     "seek": (lambda v, x: v.seek(x), [*INDEX, *MISSING]),
-    "seek from the end": (lambda v, x: v.seek(x, 2), [(1, ValueError), (-SIZE - 1, ValueError)]),
-    "seek whence": (lambda v, x: v.seek(0, x), [(3, ValueError), (-1, ValueError)]),
+    "seek from the end": (lambda v, x: v.seek(x, 2), NO_SEEK),
+    "seek whence": (lambda v, x: v.seek(0, x), NO_WHENCE),
     "flush_range offset": (lambda v, x: v.flush_range(x, 1), INDEX),
     "flush_range length": (lambda v, x: v.flush_range(0, x), INDEX),
     "flush_async_range offset": (lambda v, x: v.flush_async_range(x, 1), INDEX),
@@ -191,9 +195,11 @@ def nothing_changes(path: Path) -> Iterator[None]:
     assert maps_of(path) == maps
 
 
-async def refused(call: Call, target: object, value: object, error: type[Exception]) -> None:
+async def refused(
+    call: Call, target: object, value: object, error: type[Exception], *, plain: bool = False
+) -> None:
     nameless = issubclass(error, NAMELESS) or (error is ValueError and isinstance(value, bytes))
-    match = None if nameless else spelled(value)
+    match = None if nameless or plain else spelled(value)
     with pytest.raises(error, match=match) as caught:
         await resolved(call(target, value))
     assert type(caught.value) is error
@@ -227,7 +233,9 @@ async def test_calls_of_a_view(tmp_path: Path) -> None:
             call, value, error = case.values
             try:
                 with nothing_changes(path):
-                    await refused(call, v, value, error)
+                    # Plain memory speaks as memoryview does, and seek() names the place.
+                    plain = str(case.id).startswith(("index", "store", "seek from"))
+                    await refused(call, v, value, error, plain=plain)
                 assert not v.closed
                 assert (len(v), v.offset, await v.tell()) == (SIZE, 0, 0)
             except BaseException as exc:
@@ -239,8 +247,8 @@ async def test_opening(tmp_path: Path) -> None:
     """Arguments of the calls that open maps; they are refused before anything is awaited."""
     path = file_of(tmp_path, inc(SIZE))
     new = tmp_path / "new"
-    any_offset = [*NOT_INTEGERS, (-1, ValueError), (2**63, ValueError), (2**64, ValueError)]
-    any_length = [*NOT_INTEGERS, *NO_LENGTH]
+    any_offset: list[Bad] = [*NOT_INTEGERS, (-1, ValueError), (2**63, ValueError), (2**64, ValueError)]
+    any_length: list[Bad] = [*NOT_INTEGERS, *NO_LENGTH]
     paths: list[Bad] = [
         ("a\0b", ValueError),
         (b"a\0b", ValueError),
@@ -315,9 +323,9 @@ async def test_opening(tmp_path: Path) -> None:
 async def test_values(tmp_path: Path) -> None:
     """Options, the lock, capabilities: the same."""
     for name in ("stack", "huge", "populate"):
-        for value in (1, 0, None, "yes"):
-            with pytest.raises(TypeError, match=rf"{name} must be True or False, not {value!r}"):
-                MmapOptions(**{name: value})  # type: ignore[arg-type]
+        for option in (1, 0, None, "yes"):
+            with pytest.raises(TypeError, match=rf"{name} must be True or False, not {option!r}"):
+                MmapOptions(**{name: option})  # type: ignore[arg-type]
     lock = RegionLock()
     for call in (lock.shared, lock.exclusive, lock.shared_nowait, lock.exclusive_nowait):
         for value, error in [*NOT_INTEGERS, *MISSING]:
@@ -443,7 +451,7 @@ class TestFiles:
             descriptors = open_descriptors()
             with anyio.fail_after(30):
                 for path, number in expected.items():
-                    with pytest.raises(OSError, match=re.escape(path)) as caught:
+                    with pytest.raises(OSError, match=re.escape(path or "''")) as caught:
                         await AsyncMmap.open_path(path, protection)
                     assert (path, caught.value.errno) == (path, number)
                     assert caught.value.filename == path
@@ -563,19 +571,20 @@ class TestDescriptors:
         for protection in ("r", "rx"):
             async with AsyncMmap.open_path(path, protection) as m:
                 calls: list[Callable[[], object]] = [
-                    lambda m=m: m.write_at(0, b"x"),
-                    lambda m=m: m.move(0, 1, 1),
-                    lambda m=m: m.view_mut(),
-                    lambda m=m: m.view_mut_nowait(),
-                    lambda m=m: m.as_mut_slice(),
-                    lambda m=m: m.mut_ptr(),
-                    lambda m=m: m.resize(10),
+                    partial(m.write_at, 0, b"x"),
+                    partial(m.move, 0, 1, 1),
+                    m.view_mut,
+                    m.view_mut_nowait,
+                    m.as_mut_slice,
+                    m.mut_ptr,
+                    partial(m.resize, 10),
                 ]
                 for call in calls:
                     with pytest.raises(PermissionError, match="not writable"):
                         await resolved(call())
-                async with m.view() as v:
-                    for call in (lambda v=v: v.write(b"x"), v.as_mut_slice, v.mut_ptr):
+                async with m.view() as view:
+                    v: Any = view
+                    for call in (partial(v.write, b"x"), v.as_mut_slice, v.mut_ptr):
                         with pytest.raises(PermissionError, match="read-only"):
                             await resolved(call())
                     for key in (0, slice(0, 1)):
@@ -587,99 +596,104 @@ class TestDescriptors:
         assert path.read_bytes() == inc(SIZE)
 
 
-LARGE = 5 << 20
+LARGE = 3 << 20
 
 
 class TestOverlap:
     """Memory of the map itself as a source or a target."""
 
-    @pytest.mark.parametrize("kind", ["file", "anonymous", "copy"])
-    @pytest.mark.parametrize("length", [100, 5000, 1 << 20, 3 << 20])
-    @pytest.mark.parametrize("distance", [-100_000, -4096, -1, 0, 1, 4096, 100_000])
-    async def test_write_at(
-        self, kind: str, length: int, distance: int, tmp_path: Path, backend_name: str
-    ) -> None:
-        """write_at() of bytes of the same map is as memmove(), at every size and distance."""
-        start = 1 << 20
-        content = inc(LARGE)
+    @staticmethod
+    async def _filled(kind: str, folder: Path) -> AsyncMmap:
         if kind == "anonymous":
             m = await AsyncMmap.anonymous(LARGE)
-            await m.write_at(0, content)
-        else:
-            path = file_of(tmp_path, content)
-            m = await AsyncMmap.open_path(path, "r+" if kind == "file" else "c")
-        async with m:
-            source = m.as_slice()[start : start + length]
-            await m.write_at(start + distance, source)
-            source.release()
-            expected = bytearray(content)
-            expected[start + distance : start + distance + length] = content[start : start + length]
-            assert await m.read_at(0, LARGE) == expected
+            await m.write_at(0, inc(LARGE))
+            return m
+        return await AsyncMmap.open_path(
+            file_of(folder, inc(LARGE)), "r+" if kind == "file" else "c"
+        )
 
-    @pytest.mark.parametrize("length", [100, 5000, 3 << 20])
-    @pytest.mark.parametrize("distance", [-4097, -1, 0, 1, 4097])
-    async def test_readinto_at(self, length: int, distance: int, tmp_path: Path) -> None:
-        """So is readinto_at() into raw memory of the same map."""
+    @pytest.mark.parametrize("kind", ["file", "anonymous", "copy"])
+    async def test_both_ways(self, kind: str, tmp_path: Path) -> None:
+        """write_at() from and readinto_at() into the map itself are as memmove()."""
         start = 1 << 20
-        content = inc(LARGE)
-        async with AsyncMmap.open_path(file_of(tmp_path, content), "r+") as m:
-            target = m.as_mut_slice()[start + distance : start + distance + length]
-            await m.readinto_at(start, target)
-            target.release()
-            expected = bytearray(content)
-            expected[start + distance : start + distance + length] = content[start : start + length]
-            assert await m.read_at(0, LARGE) == expected
+        for length in (100, 5000, (1 << 20) + 77):
+            for distance in (-300_000, -4096, -1, 0, 1, 4096, 300_000):
+                expected = bytearray(inc(LARGE))
+                moved = bytes(expected[start : start + length])
+                expected[start + distance : start + distance + length] = moved
+                for reading in (False, True):
+                    async with await self._filled(kind, tmp_path) as m:
+                        memory = m.as_mut_slice()
+                        if reading:
+                            target = memory[start + distance : start + distance + length]
+                            await m.readinto_at(start, target)
+                        else:
+                            await m.write_at(start + distance, memory[start : start + length])
+                        got = await m.read_at(0, LARGE)
+                        assert got == expected, (length, distance, reading)
 
 
 TRUNCATED = """
-    import errno, mmap, os, sys
+    import ctypes, errno, mmap, os, sys
     import anyio
     from pathlib import Path
     from aiommap import AsyncMmap
     from tests.content import file_of, inc
 
-    folder, what, target, length = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    folder, control = Path(sys.argv[1]), sys.argv[2] == "control"
     path = file_of(folder, inc(1 << 21), "source.bin")
     descriptor = os.open(path, os.O_RDWR)
     memory = mmap.mmap(descriptor, 0)
     view = memoryview(memory)
     view[:10] = view[:10]
     os.truncate(path, 0)
-    if what == "control":
-        bytes(view[:length])  # dies
-    bad = view[:length]
-    if what.endswith("array"):
-        import ctypes
-        bad = (ctypes.c_char * length).from_buffer(bad)
-        what = what[:-6]
+    if control:
+        bytes(view[:10])  # dies
+
+    async def write(m, bad):
+        async with m.view_mut() as v:
+            await v.write(bad)
+
+    async def readinto(m, bad):
+        async with m.view() as v:
+            await v.readinto(bad)
+
+    calls = {
+        "write_at": lambda m, bad: m.write_at(0, bad),
+        "readinto_at": lambda m, bad: m.readinto_at(0, bad),
+        "find": lambda m, bad: m.find(bad),
+        "rfind": lambda m, bad: m.rfind(bad),
+        "write": write,
+        "readinto": readinto,
+    }
 
     async def main():
-        if target == "anonymous":
-            m = await AsyncMmap.anonymous(1 << 21)
-        else:
-            m = await AsyncMmap.open_path(file_of(folder, bytes(1 << 21)), target)
-        async with m:
-            try:
-                if what == "write_at":
-                    await m.write_at(0, bad)
-                elif what == "write":
-                    async with m.view_mut() as v:
-                        await v.write(bad)
-                elif what == "readinto_at":
-                    await m.readinto_at(0, bad)
-                elif what == "readinto":
-                    async with m.view() as v:
-                        await v.readinto(bad)
-                elif what == "find":
-                    await m.find(bad)
-                elif what == "rfind":
-                    await m.rfind(bad)
-                print("no error")
-            except OSError as exc:
-                print(errno.errorcode[exc.errno])
-            await m.load()
-            async with m.view_mut(load=False):
-                pass
+        opened = [
+            await AsyncMmap.anonymous(1 << 21),
+            await AsyncMmap.open_path(file_of(folder, bytes(1 << 21), "r"), "r+"),
+            await AsyncMmap.open_path(file_of(folder, bytes(1 << 21), "c"), "c"),
+        ]
+        for m in opened:
+            async with m:
+                for name, call in calls.items():
+                    for length in (10, 1 << 20):
+                        for bad in (
+                            view[:length],
+                            (ctypes.c_char * length).from_buffer(view[:length]),
+                        ):
+                            what = f"{m!r} {name} {length} {type(bad).__name__}"
+                            print(what, file=sys.stderr, flush=True)
+                            try:
+                                await call(m, bad)
+                            except OSError as exc:
+                                assert exc.errno == errno.EFAULT, exc
+                                assert "truncated" in str(exc), exc
+                            else:
+                                raise AssertionError(what)
+                await m.load()
+                async with m.view_mut(load=False):
+                    pass
+        print("alive")
     anyio.run(main)
 """
 
@@ -687,18 +701,12 @@ TRUNCATED = """
 class TestTruncatedSource:
     """A buffer of the caller's that is a map of a file that was truncated."""
 
-    @pytest.mark.parametrize("array", ["", " array"])
-    @pytest.mark.parametrize("target", ["r+", "c", "anonymous"])
-    @pytest.mark.parametrize(
-        "what", ["write_at", "write", "readinto_at", "readinto", "find", "rfind"]
-    )
-    def test_is_an_error(self, what: str, target: str, array: str, tmp_path: Path) -> None:
-        """EFAULT and not SIGBUS, for small and large ones; the map stays usable."""
-        for length in (10, 1 << 20):
-            result = run_python(TRUNCATED, tmp_path, what + array, target, length)
-            assert (result.returncode, result.stdout) == (0, "EFAULT\n"), (length, result.stderr)
+    def test_is_an_error(self, tmp_path: Path) -> None:
+        """EFAULT and not SIGBUS, small and large, from or to it; the map stays usable."""
+        result = run_python(TRUNCATED, tmp_path, "no")
+        assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr[-500:]
 
     def test_control(self, tmp_path: Path) -> None:
         """Control: touching that memory kills a process."""
-        result = run_python(TRUNCATED, tmp_path, "control", "r+", 10)
+        result = run_python(TRUNCATED, tmp_path, "control")
         assert result.returncode == -signal.SIGBUS

@@ -62,7 +62,7 @@ def test_readable_does_not_copy() -> None:
 @pytest.mark.parametrize("data", ["abc", None, 5, [1, 2], object()])
 def test_readable_wants_a_buffer(data: object) -> None:
     """What is no buffer, a string included, is a TypeError."""
-    with pytest.raises(TypeError, match="bytes-like"):
+    with pytest.raises(TypeError, match="must be bytes or another buffer"):
         _buffers.readable(data)  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -59,9 +60,10 @@ def test_pages_go_out_and_come_in(
     assert warm["parts"] == [SIZE // 4] * 4
 
 
-@only_linux
 def test_residency_tells_the_parts(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A part that was read is in memory, one that was not is not."""
+    if sys.platform != "linux":
+        pytest.skip("looks at Linux's page cache")
     assert main(["evict", str(file), "--json"]) == 0
     with file.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -134,7 +136,7 @@ def test_info_knows_holes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert about["size"] == 200 * PAGE
     assert about["holes"] == 198 * PAGE
     assert about["allocated"] == 2 * PAGE
-    assert about["capabilities"]["page_size"] == os.sysconf("SC_PAGE_SIZE")
+    assert about["capabilities"]["page_size"] == mmap.PAGESIZE
     assert isinstance(about["file_system"], str)
 
 

@@ -1,6 +1,6 @@
 """The code in README.md and docs/ runs, and what the pages refer to exists.
 
-How a page is run. Its Python fences are one session, from top to bottom: they share their names
+How a page is run. Its Python fences are one script, from top to bottom: they share their names
 and a folder that is empty at first, and may ``await`` at the top level. A fence that starts an
 event loop itself (``anyio.run``) is a program, and runs alone. What stands behind ``python`` in
 the fence's first line changes that:
@@ -122,7 +122,7 @@ async def execute(fence: Fence, names: dict[str, Any]) -> None:
     check_output(fence, output.getvalue())
 
 
-async def session(page: Path, backend: str) -> None:
+async def run_page(page: Path, backend: str) -> None:
     """Run the fences of a page that are not programs."""
     names: dict[str, Any] = {"__name__": "__docs__", "__builtins__": builtins}
     for fence in python_fences(page):
@@ -137,7 +137,7 @@ def test_code_of_page_runs(
 ) -> None:
     """Every Python block of a page runs, on both event loops."""
     monkeypatch.chdir(tmp_path)
-    anyio.run(session, page, backend, backend=backend)
+    anyio.run(run_page, page, backend, backend=backend)
     missing = {
         name
         for fence in python_fences(page)
@@ -189,7 +189,7 @@ def test_broken_block_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Title\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError) as raised:
-        anyio.run(session, page, "asyncio")
+        anyio.run(run_page, page, "asyncio")
     assert raised.traceback[-1].lineno == 7  # counted from 0
     assert str(raised.traceback[-1].path) == str(page)
 
@@ -199,7 +199,7 @@ def test_wrong_comment_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nprint(1 + 1)  # 3\n```\n")
     with pytest.raises(AssertionError, match="not '3'"):
-        anyio.run(session, page, "asyncio")
+        anyio.run(run_page, page, "asyncio")
 
 
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

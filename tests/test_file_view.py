@@ -140,7 +140,7 @@ async def test_write_never_grows(v: MmapView) -> None:
 @pytest.mark.parametrize("wrong", ["text", None, 3])
 async def test_write_wants_a_buffer(v: MmapView, wrong: object) -> None:
     """What is no buffer is a TypeError."""
-    with pytest.raises(TypeError, match="bytes-like"):
+    with pytest.raises(TypeError, match="must be bytes or another buffer"):
         await v.write(wrong)  # type: ignore[arg-type]
 
 

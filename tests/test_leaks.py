@@ -93,9 +93,9 @@ async def one_round(path: Path, number: int) -> None:
 
 
 async def settled(path: Path) -> None:
-    """What cancelled openings leave to a worker is gone."""
+    """What cancelled openings leave to a worker is gone, and workers without work are too."""
     with anyio.fail_after(30):
-        while memory_areas(path)[0]:
+        while memory_areas(path)[0] or default_limiter().borrowed_tokens:
             await checkpoint()
 
 

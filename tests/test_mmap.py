@@ -150,9 +150,9 @@ async def test_buffers_of_every_kind(m: AsyncMmap) -> None:
     assert wide.tobytes() == b"aabb"
     with pytest.raises(TypeError, match="buffer must be writable"):
         await m.readinto_at(0, b"abc")
-    with pytest.raises(TypeError, match="bytes-like"):
+    with pytest.raises(TypeError, match="must be bytes or another buffer"):
         await m.readinto_at(0, 5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="bytes-like"):
+    with pytest.raises(TypeError, match="must be bytes or another buffer"):
         await m.write_at(0, "text")  # type: ignore[arg-type]
     with pytest.raises(BufferError, match="must be contiguous"):
         await m.write_at(0, memoryview(b"abcd")[::2])

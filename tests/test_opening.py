@@ -235,7 +235,7 @@ async def test_arguments_are_checked_when_called(tmp_path: Path) -> None:
         (lambda: AsyncMmap.open_path(path, length=1.0), TypeError, "length must be an integer"),  # type: ignore[arg-type]
         (lambda: AsyncMmap.open_path("a\0b"), ValueError, "NUL character"),
         (lambda: AsyncMmap.open_path(b"a\0b"), ValueError, "NUL character"),
-        (lambda: AsyncMmap.open_path(3), TypeError, "os.PathLike"),  # type: ignore[arg-type]
+        (lambda: AsyncMmap.open_path(3), TypeError, "path must be a string"),  # type: ignore[arg-type]
         (lambda: AsyncMmap.open(-1), ValueError, "descriptor -1 is negative"),
         (lambda: AsyncMmap.open(True), TypeError, "file must be an integer"),
         (lambda: AsyncMmap.open("name"), TypeError, r"for 'name' use open_path"),  # type: ignore[arg-type]

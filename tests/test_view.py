@@ -182,7 +182,7 @@ async def test_store_items_and_slices(m: AsyncMmap) -> None:
         for size in (0, 2, 4):
             with pytest.raises(ValueError, match="different structures"):
                 v[10:13] = bytes(size)
-        with pytest.raises(TypeError, match="bytes-like"):
+        with pytest.raises(TypeError, match="must be bytes or another buffer"):
             v[0:2] = "ab"  # type: ignore[call-overload]
         with pytest.raises(IndexError, match="index"):
             v[50] = 1

@@ -92,15 +92,19 @@ def plain_map(path: Path) -> Iterator[tuple[int, mmap.mmap, int]]:
 
 
 async def commits_per_second(tasks: int, seconds: float, store: Store, commit: Commit) -> float:
-    """Tasks that store 64 bytes into a page of their own and commit them, again and again."""
+    """
+    Tasks that store 64 bytes into a page of their own and commit them, again and again.
+
+    The pages are neighbours, so that a flush is few writes for the disk. Scattered, the writes
+    of 100 pages cost more than the flush, on this disk and above all in the slow disk's server.
+    """
     done = 0
     began = time.perf_counter()
     end = began + seconds
-    step = FILE // tasks // PAGE * PAGE
 
     async def work(number: int) -> None:
         nonlocal done
-        offset = number * step
+        offset = number * PAGE
         while time.perf_counter() < end:
             store(offset)
             await commit(offset)

@@ -9,10 +9,14 @@ Linux and root. Ends with 1 if the map's 99th percentile is not the best of the 
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform != "linux":
+    raise ImportError("Linux only")
+
 import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
