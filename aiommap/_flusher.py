@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -278,7 +278,7 @@ class Flusher:
         except OSError as exc:
             raise self._failed(exc, [(offset, length)]) from None
 
-    def _perform(self, requests: list[_Flush]) -> Iterator[list[_Flush]]:
+    def _perform(self, requests: list[_Flush]) -> Generator[list[_Flush], None, list[_Flush]]:
         # Without those that were put back and then abandoned.
         self._bulk.requests = [each for each in self._bulk.requests if each.taken]
         while True:
@@ -292,21 +292,22 @@ class Flusher:
                 began = time.monotonic()
                 self._flush(small, in_bulk=bool(self._bulk.requests))
                 took = time.monotonic() - began
+                if not self._bulk.requests and len(small) + self._crew.waiting == 1:
+                    return small
                 yield small
-                if not self._bulk.requests and len(small) + self._crew.waiting > 1:
+                if not self._bulk.requests:
                     self._gather(took / 2)
             if not self._write_piece(self._bulk):
                 break
             yield []
             if self._crew.put_back([each for each in self._bulk.requests if each.wanted]):
-                return
+                return []
             requests = self._crew.take()
         bulk, self._bulk = self._bulk.requests, _Bulk()
         wanted = [each for each in bulk if each.wanted]
         if wanted:
             self._flush(wanted, in_bulk=False)
-        if bulk:
-            yield bulk
+        return bulk
 
     def _gather(self, seconds: float) -> None:
         """
@@ -362,7 +363,9 @@ class Flusher:
             if not admitted:
                 return
             number = self._log.begin()
-        ranges = merge((each.offset, each.length) for each in admitted)
+        ranges = [(each.offset, each.length) for each in admitted]
+        if len(ranges) > 1:
+            ranges = merge(ranges)
         try:
             covered = self._sync(admitted, ranges, size, in_bulk)
         except BaseException as exc:

@@ -71,6 +71,7 @@ _LASTING = frozenset(
 )
 _MISSING = (errno.EFAULT, errno.EIO)
 _NO_POPULATE = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
+_POPULATE_TRIES = 5  # where pages are missing, and in the file right after; out of the air
 _NO_GUARD = (errno.ENOSYS, errno.EPERM)
 
 
@@ -456,17 +457,22 @@ class Mapping:
         """
         if length == 0:
             return
-        if self._populate:
+        tries = _POPULATE_TRIES
+        while self._populate:
             try:
                 if write:
                     self.kernel.populate_write(*self._pages(offset, length))
                 else:
                     self.kernel.populate_read(*self._pages(offset, length))
+                break
             except OSError as exc:
+                tries -= 1
                 if exc.errno in _NO_POPULATE:
                     self._populate = False
-                else:
-                    raise self.explain(exc, offset, length, write=write) from None
+                elif reason := self.explain(exc, offset, length, write=write):
+                    raise reason from None
+                elif not tries:
+                    raise self._named(OSError(errno.EIO, os.strerror(errno.EIO))) from None
         if not self._populate:
             self._load_by_reading(offset, length)
             if write:
@@ -502,8 +508,13 @@ class Mapping:
             except OSError:
                 raise exc from None
 
-    def explain(self, error: OSError, offset: int, length: int, *, write: bool) -> OSError:
-        """Why a page of the range cannot be had; ``error`` itself when the kernel knew."""
+    def explain(self, error: OSError, offset: int, length: int, *, write: bool) -> OSError | None:
+        """
+        Why a page of the range cannot be had; ``error`` itself when the kernel knew.
+
+        None where the file answers all the same: it healed meanwhile (cut and grown again by
+        somebody else, a bad page that can be read now), or the memory itself is bad.
+        """
         if error.errno not in _MISSING:
             return self._named(error)
         try:
@@ -521,9 +532,7 @@ class Mapping:
                     return self._named(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         except OSError as exc:
             return self._named(exc)
-        # It cannot be had through the map, and the file answers all the same: it healed
-        # meanwhile, or the memory itself is bad.
-        return self._named(OSError(errno.EIO, os.strerror(errno.EIO)))
+        return None
 
     def _named(self, error: OSError) -> OSError:
         if error.filename is None and self.file is not None:
@@ -627,12 +636,13 @@ class Mapping:
 
     def _copy(self, target: int, source: int, length: int, offset: int, *, write: bool) -> None:
         done = 0
-        retried_at = -1
+        tries = _POPULATE_TRIES
         while done < length:
             try:
                 # SAFETY: both sides are alive, the map by self and the other by its
                 # memoryview, and `length` is inside both.
                 done += self.kernel.copy(target + done, source + done, length - done)
+                tries = _POPULATE_TRIES
             except OSError as exc:
                 if exc.errno in _NO_GUARD:
                     # SAFETY: as above; a truncation between these two lines is SIGBUS, which
@@ -642,11 +652,24 @@ class Mapping:
                     return
                 if exc.errno != errno.EFAULT:
                     raise self._named(exc) from None
-                if retried_at == done:
-                    raise _bad_buffer() from None
-                # A page of ours or of the buffer's. load() raises if it is ours.
-                retried_at = done
+                # A page of ours or of the buffer's. load() raises if it is ours, and if it was
+                # ours and is there by now, the next try goes on.
+                self._check_buffer((source if write else target) + done)
+                tries -= 1
+                if not tries:
+                    raise self._named(OSError(errno.EIO, os.strerror(errno.EIO))) from None
                 self.load(offset + done, length - done, write=write)
+
+    def _check_buffer(self, address: int) -> None:
+        """:raises OSError: EFAULT: this byte of the caller's buffer cannot be touched"""
+        scratch = bytearray(1)
+        try:
+            # SAFETY: a byte of the caller's buffer, which its memoryview keeps.
+            self.kernel.copy(address_of(scratch), address, 1)
+        except OSError as exc:
+            if exc.errno == errno.EFAULT:
+                raise _bad_buffer() from None
+            raise
 
     def search(self, offset: int, length: int, needle: bytes, *, last: bool) -> int:
         """Where the needle first, or last, occurs inside the range, from the range; or -1."""

@@ -22,7 +22,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple
@@ -406,9 +406,9 @@ class Crew(Generic[R]):
     :param batch: how many requests may be announced and not done
     :param announcer: one more thread announces what comes while they all wait
     :param perform: does a batch, in a worker, and must not raise; it sets ``error`` of the
-        requests that failed, and gives groups of those that are done. If it takes long it can
-        :meth:`take` what comes meanwhile, and must :meth:`put_back` what is left while others
-        wait for the limiter
+        requests that failed, and gives groups of those that are done: yields them where it
+        goes on, and returns the last. If it takes long it can :meth:`take` what comes
+        meanwhile, and must :meth:`put_back` what is left while others wait for the limiter
     """
 
     def __init__(
@@ -419,7 +419,7 @@ class Crew(Generic[R]):
         threads: int,
         batch: int,
         announcer: bool = False,
-        perform: Callable[[list[R]], Iterator[Sequence[R]]] | None = None,
+        perform: Callable[[list[R]], Generator[Sequence[R], None, Sequence[R]]] | None = None,
     ) -> None:
         self._loop = loop
         self._limiter = limiter
@@ -587,13 +587,33 @@ class Crew(Generic[R]):
                 self._limiter.release_on_behalf_of(token)
 
     def _work(self, token: object) -> None:
+        done: Sequence[R] = ()
         if self._perform is None:
             self._work_off()
         else:
-            while requests := self._take():
-                for group in self._perform(requests):
-                    self._loop.post(self._deliver, group)
-        self._loop.post(self._retire, token)
+            requests = self._take()
+            while requests:
+                done = self._perform_batch(self._perform(requests))
+                requests = self._take()
+                if requests:
+                    self._loop.post(self._deliver, done)
+                    done = ()
+        # In one call where there is nothing left to do: each wakes the loop, which then wants
+        # the interpreter while this thread still has it (50 us and more for who waits).
+        self._loop.post(self._deliver_and_retire, done, token)
+
+    def _perform_batch(self, steps: Generator[Sequence[R], None, Sequence[R]]) -> Sequence[R]:
+        """Deliver group by group; gives the last one."""
+        try:
+            while True:
+                self._loop.post(self._deliver, next(steps))
+        except StopIteration as stop:
+            last: Sequence[R] = stop.value
+            return last
+
+    def _deliver_and_retire(self, requests: Sequence[R], token: object) -> None:
+        self._deliver(requests)
+        self._retire(token)
 
     # Without a perform of its own
 

@@ -9,6 +9,7 @@ import resource
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import anyio
@@ -312,16 +313,17 @@ async def access(m: AsyncMmap, call: str, offset: int = 0) -> object:
         case "write_at":
             return await m.write_at(offset + 1, b"x")
         case "move":
-            return await m.move(offset + 2 * PAGE, offset, PAGE)
+            await m.move(offset + 2 * PAGE, offset, PAGE)
         case "load":
-            return await m.load()
+            await m.load()
         case "find":
             return await m.find(b"no such thing")
         case "windows":
             async for window in m.windows(PAGE):
                 return bytes(window)
-            return None
-    raise AssertionError(call)
+        case _:
+            raise AssertionError(call)
+    return None
 
 
 class TestPieces:
@@ -331,7 +333,7 @@ class TestPieces:
         """Where pieces take no time each is twice as large as the one before, to 16 MiB."""
         sizes = await _piece_sizes(tmp_path, monkeypatch, 128 * MIB, lambda size: 0.0)
         assert sizes[0] == 256 << 10
-        for before, after in zip(sizes, sizes[1:-1], strict=False):
+        for before, after in pairwise(sizes[:-1]):
             assert after == min(2 * before, 16 * MIB)
         assert max(sizes) == 16 * MIB
 
