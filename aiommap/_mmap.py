@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex
 
 from anyio import AsyncFile, CapacityLimiter
 
-from . import _buffers, _kernel, _reshaping, _workers
-from ._file import Filename, create_file, duplicate_file, open_file, remove_file
-from ._flusher import PendingFlush
+from . import _kernel, _reshaping, _workers
+from ._arguments import (
+    HasFileno,
+    StrOrBytesPath,
+    check_file_range,
+    check_limiter,
+    check_path,
+    descriptor,
+)
+from ._file import create_file, duplicate_file, open_file, remove_file
+from ._map_access import MapAccess
 from ._mapping import Mapping, map_file, map_memory, map_opened
 from ._open_map import MmapStatistics, OpenMap
 from ._opening import Opening
-from ._options import Advice, MmapOptions, Protection
+from ._options import MmapOptions, Protection
 from ._pins import Pins
-from ._ranges import LARGEST_OFFSET, as_int, check_length, check_range, pieces
-from ._searching import find
-from ._typing import Buffer
+from ._ranges import LARGEST_OFFSET, as_int, check_length, check_range
 from ._view import MmapView, MmapViewSync, ViewOpening
 from ._wait_graph import Claim
-from ._window_stream import Windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class HasFileno(Protocol):
-    """An open file: anything with a descriptor."""
-
-    def fileno(self) -> int: ...
-
-
-StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-_LARGEST_DESCRIPTOR = 2**31 - 1  # a C int
-
-WINDOW = 1 << 20
-"""Bytes of a window where none are given: large against the cost of a step, small in a cache."""
-
-
-class AsyncMmap:
+class AsyncMmap(MapAccess):
     """
     A file, or memory without one, mapped for the tasks of an event loop.
 
@@ -60,7 +50,7 @@ class AsyncMmap:
     bytes from the start of the map.
     """
 
-    __slots__ = ("__weakref__", "_core", "_pins")
+    __slots__ = ()
 
     _kernel: ClassVar[_kernel.Kernel] = _kernel.native
 
@@ -71,8 +61,7 @@ class AsyncMmap:
                 f"{type(self).__name__} is not made by calling it: use open_path(), open(), "
                 f"open_with_offset(), create() or anonymous()"
             )
-        self._core = core
-        self._pins = Pins()
+        super().__init__(core)
 
     # Opening
 
@@ -129,19 +118,19 @@ class AsyncMmap:
         limiter: CapacityLimiter | None,
     ) -> Opening[Self]:
         protection = Protection.parse(protection)
-        offset, length = _check_file_range(offset, length)
-        _descriptor(file)
+        offset, length = check_file_range(offset, length)
+        descriptor(file)
         kernel = cls._kernel
 
         def prepare() -> Callable[[], Mapping]:
             # On the loop, which it does not hold up, and before the first await: the caller
             # may close the descriptor once we wait. Asked again, because the file may have been
             # closed since, and its descriptor be another file's by now.
-            fd, filename = _descriptor(file)
+            fd, filename = descriptor(file)
             ours = duplicate_file(kernel, fd, filename)
             return partial(map_opened, ours, protection, offset, length)
 
-        return Opening(partial(cls._open, prepare, _check_limiter(limiter)))
+        return Opening(partial(cls._open, prepare, check_limiter(limiter)))
 
     @classmethod
     def open_path(
@@ -167,14 +156,14 @@ class AsyncMmap:
         :raises OSError: what the kernel says, with the path; ENODEV for what is no file
         """
         protection = Protection.parse(protection)
-        offset, length = _check_file_range(offset, length)
-        name = _check_path(path)
+        offset, length = check_file_range(offset, length)
+        name = check_path(path)
         kernel = cls._kernel
 
         def opened() -> Mapping:
             return map_opened(open_file(kernel, name, protection), protection, offset, length)
 
-        return Opening(partial(cls._open, lambda: opened, _check_limiter(limiter)))
+        return Opening(partial(cls._open, lambda: opened, check_limiter(limiter)))
 
     @classmethod
     def create(
@@ -200,7 +189,7 @@ class AsyncMmap:
         :raises ValueError: it is there and longer than ``length``
         :raises OSError: ENOSPC, EDQUOT: there is no room for it
         """
-        name = _check_path(path)
+        name = check_path(path)
         length = check_length(length)
         mode = as_int(mode, "mode")
         if not 0 <= mode <= 0o7777:
@@ -225,7 +214,7 @@ class AsyncMmap:
             if made[0] and mapping.file is not None:
                 remove_file(mapping.file)
 
-        return Opening(partial(cls._open, lambda: created, _check_limiter(limiter), discard))
+        return Opening(partial(cls._open, lambda: created, check_limiter(limiter), discard))
 
     @classmethod
     def anonymous(
@@ -266,7 +255,7 @@ class AsyncMmap:
         elif not isinstance(options, MmapOptions):
             raise TypeError(f"options must be MmapOptions, not {options!r}")
         made = partial(map_memory, cls._kernel, length, protection, options)
-        return Opening(partial(cls._open, lambda: made, _check_limiter(limiter)))
+        return Opening(partial(cls._open, lambda: made, check_limiter(limiter)))
 
     @classmethod
     async def _open(
@@ -366,10 +355,6 @@ class AsyncMmap:
             return mapping.length
         return await self._core.run(file.size)
 
-    def _checked(self) -> Mapping:
-        self._core.check()
-        return self._core.mapping
-
     def __repr__(self) -> str:
         core = self._core
         if core.closed:
@@ -463,311 +448,6 @@ class AsyncMmap:
         """As :meth:`into_view`, for a view that several tasks and threads may use."""
         self._core.check()
         return Opening(partial(_into_view_sync, self._core))
-
-    # Copies
-
-    async def read_at(self, offset: SupportsIndex, length: SupportsIndex) -> bytes:
-        """
-        A copy of a range, all of it. A checkpoint.
-
-        The region is held shared while it is copied. Small ranges that are in memory are
-        copied on the loop, others in a worker; either way bad storage is an error.
-
-        :raises DeadlockError: the task holds the region exclusively
-        :raises TruncatedError: the file does not reach the range
-        :raises OSError: what the disk says
-        """
-        core = self._core
-        core.check()
-        offset, length = check_range(offset, length, core.mapping.length)
-        await core.loop.checkpoint()
-        if core.lock.check_free(offset, offset + length, False):
-            if core.closed:
-                core.check()  # raises
-            data = core.read_nowait(offset, length)
-            if data is None:
-                data = await core.poll(offset, length)
-            if data is not None:
-                return data
-        claim = await core.lock.acquire(offset, offset + length, False)
-        try:
-            return await core.read(offset, length)
-        finally:
-            core.lock.release(claim)
-
-    async def readinto_at(self, offset: SupportsIndex, buffer: Buffer) -> int:
-        """
-        Copy a range into a buffer, and fill it. See :meth:`read_at`.
-
-        :param buffer: writable and contiguous; its size says how many bytes
-        :return: the bytes copied, always the buffer's size
-        :raises TypeError: the buffer is read-only, or none
-        """
-        core = self._core
-        core.check()
-        target = _buffers.writable(buffer)
-        offset, length = check_range(offset, len(target), core.mapping.length)
-        claim = await core.lock.acquire(offset, offset + length, False)
-        try:
-            await core.read_into(offset, target)
-        finally:
-            core.lock.release(claim)
-            del target  # who keeps an error, and with it this frame, may still resize the buffer
-        return length
-
-    async def write_at(self, offset: SupportsIndex, data: Buffer) -> int:
-        """
-        Store bytes, all of them. A checkpoint. The file never grows.
-
-        The region is held exclusively while it is stored to. Durable after the next flush.
-
-        :param data: contiguous bytes; may be memory of this map too
-        :return: the bytes stored, always the size of ``data``
-        :raises PermissionError: the map is not writable
-        :raises DeadlockError: the task holds bytes of the region
-        :raises TruncatedError: the file does not reach the range
-        :raises OSError: ENOSPC for a hole without room, what the disk says otherwise
-        """
-        core = self._core
-        core.check()
-        core.check_writable()
-        source = _buffers.readable(data)
-        offset, length = check_range(offset, len(source), core.mapping.length)
-        await core.loop.checkpoint()
-        if core.lock.check_free(offset, offset + length, True):
-            core.check()
-            core.check_writable()
-            if core.write_nowait(offset, source):
-                return length
-        claim = await core.lock.acquire(offset, offset + length, True)
-        try:
-            core.check_writable()
-            await core.write(offset, source)
-        finally:
-            core.lock.release(claim)
-            del source  # as above
-        return length
-
-    @_workers.forgetful
-    async def move(self, dest: SupportsIndex, src: SupportsIndex, length: SupportsIndex) -> None:
-        """
-        Copy bytes inside the map; the ranges may overlap, as with ``memmove``. A checkpoint.
-
-        Both ranges are held while it runs, granted together.
-
-        :raises PermissionError: the map is not writable
-        :raises DeadlockError: the task holds bytes of the ranges in a conflicting way
-        :raises OSError: as :meth:`write_at`
-        """
-        core = self._core
-        core.check()
-        core.check_writable()
-        size = core.mapping.length
-        dest, length = check_range(dest, length, size)
-        src, length = check_range(src, length, size)
-        claim = await core.lock.acquire_ranges(
-            ((dest, dest + length, True), (src, src + length, False))
-        )
-        try:
-            core.check_writable()
-            core.still_inside(dest, length)
-            mapping = core.still_inside(src, length)
-            if length:
-                core.written = True
-                await core.pager.move(mapping, dest, src, length)
-        finally:
-            core.written = core.written or length > 0
-            core.lock.release(claim)
-
-    @_workers.forgetful
-    async def find(
-        self, needle: Buffer, start: SupportsIndex = 0, end: SupportsIndex | None = None
-    ) -> int:
-        """
-        Where the bytes first occur in ``[start, end)``, or -1, as :meth:`bytes.find`.
-
-        Off the loop, piece by piece, each held shared while it is searched: no snapshot of
-        the whole. A checkpoint; cancellable between pieces.
-
-        :param start: negative counts from the end
-        :raises OSError: as :meth:`read_at`
-        """
-        self._core.check()
-        return await find(self._core, needle, start, end, last=False)
-
-    @_workers.forgetful
-    async def rfind(
-        self, needle: Buffer, start: SupportsIndex = 0, end: SupportsIndex | None = None
-    ) -> int:
-        """Where the bytes last occur, or -1, as :meth:`bytes.rfind`. See :meth:`find`."""
-        self._core.check()
-        return await find(self._core, needle, start, end, last=True)
-
-    def windows(
-        self,
-        size: SupportsIndex = WINDOW,
-        *,
-        offset: SupportsIndex = 0,
-        length: SupportsIndex | None = None,
-    ) -> Windows:
-        """
-        A range in consecutive windows of memory, the next ones read ahead::
-
-            async for window in m.windows():
-                checksum = zlib.crc32(window, checksum)
-
-        Each window's region is held shared, and its pages are in memory, when it is handed
-        out; it is released at the next step. At most 32 MiB are read ahead.
-
-        :param size: bytes of a window, at least 1; the last one may be shorter
-        """
-        core = self._core
-        core.check()
-        size = check_length(size, "size")
-        offset, length = check_range(offset, length, core.mapping.length)
-        return Windows(core, size, offset, length)
-
-    # Durability
-
-    async def flush(self) -> None:
-        """
-        Make everything durable that was stored before. A checkpoint.
-
-        When it returns, a power cut loses none of it, nor the size needed to read it. Tasks
-        that ask at the same time share device flushes. Nothing to do for maps that are
-        read-only, copy-on-write or anonymous. Takes no region: a task may flush under its own
-        view. Cancelled, it leaves; what is under way goes on.
-
-        :raises FlushError: this flush failed, or an earlier one that was not cleared
-        :raises TruncatedError: the file does not reach the end of the map any more
-        """
-        await self._core.flush(0, self._checked().length)
-
-    async def flush_range(self, offset: SupportsIndex, length: SupportsIndex) -> None:
-        """
-        Make a range durable, and maybe more. See :meth:`flush`.
-
-        It waits for at most what is dirty when it begins; while a large flush of another task
-        is under way, small ranges are flushed between its pieces.
-        """
-        offset, length = check_range(offset, length, self._checked().length)
-        await self._core.flush(offset, length)
-
-    async def flush_async(self) -> PendingFlush:
-        """
-        Start the write-back of everything stored before. A checkpoint.
-
-        It does not wait for the disk. Awaiting the result makes it durable; nobody has to.
-
-        :raises FlushError: an earlier flush failed, or the kernel refused
-        :raises TruncatedError: the file does not reach the end of the map any more
-        """
-        return await self._core.flush_async(0, self._checked().length)
-
-    async def flush_async_range(self, offset: SupportsIndex, length: SupportsIndex) -> PendingFlush:
-        """Start the write-back of a range, and maybe more. See :meth:`flush_async`."""
-        offset, length = check_range(offset, length, self._checked().length)
-        return await self._core.flush_async(offset, length)
-
-    async def clear_flush_error(self) -> None:
-        """
-        Acknowledge a failed flush, so that flushes are tried again. A checkpoint.
-
-        What was to be flushed then may be lost, and no later flush can tell: store it again
-        first. A :class:`PendingFlush` from before stays failed.
-        """
-        self._core.check()
-        self._core.flusher.clear()
-        await self._core.loop.checkpoint()
-
-    # Pages
-
-    async def load(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
-        """
-        Bring a range into memory. A checkpoint; cancellable between pieces.
-
-        It takes no region, and nothing keeps the pages there but :meth:`pin`.
-
-        :raises TruncatedError: the file does not reach the range
-        :raises OSError: what the disk says
-        """
-        core = self._core
-        offset, length = check_range(offset, length, self._checked().length)
-        await core.loop.checkpoint()
-        core.check()
-        if not core.is_ready_nowait(offset, length, write=False):
-            await core.pager.load(core.mapping, offset, length)
-
-    @_workers.forgetful
-    async def resident(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> int:
-        """
-        How many bytes of a range are in memory now. A checkpoint.
-
-        Where the kernel hides it from who neither owns nor may write the file, pages whose
-        read is still under way are counted too.
-        """
-        core = self._core
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
-        await core.loop.checkpoint()
-        total = 0
-        for piece, count in pieces(offset, length, _RESIDENT_PIECE):
-            total += await core.run(partial(mapping.resident_bytes, piece, count))
-        return total
-
-    @_workers.forgetful
-    async def advise(
-        self,
-        advice: Advice | str,
-        offset: SupportsIndex = 0,
-        length: SupportsIndex | None = None,
-    ) -> None:
-        """
-        Tell the kernel how a range will be used. A checkpoint.
-
-        The range is widened to whole pages; hints that last (NORMAL, RANDOM, SEQUENTIAL,
-        those about huge and merged pages) to 64ths of the map, so that the kernel never has
-        to keep it in hundreds of areas. No advice changes bytes.
-
-        :raises OSError: ENOTSUP where the platform does not know it; EINVAL where it does not
-            fit this memory
-        """
-        advice = Advice.parse(advice)
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
-        await self._core.loop.checkpoint()
-        if length:
-            await self._core.run(partial(mapping.advise, offset, length, advice))
-
-    @_workers.forgetful
-    async def pin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
-        """
-        Keep a range in memory until it is unpinned as often as it was pinned. A checkpoint.
-
-        The range is widened to whole pages, which are brought in. Closing and resizing unpin.
-
-        :raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK, with the limit
-        """
-        core = self._core
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
-        await core.loop.checkpoint()
-        if length:
-            await self._pins.pin(core, mapping, offset, length)
-
-    @_workers.forgetful
-    async def unpin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
-        """
-        Undo one :meth:`pin` of the range. A checkpoint.
-
-        :raises ValueError: some of it is not pinned; nothing is unpinned
-        """
-        core = self._core
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
-        await core.loop.checkpoint()
-        if length:
-            await self._pins.unpin(core, mapping, offset, length)
 
     # Shape
 
@@ -913,10 +593,6 @@ class AsyncMmap:
             )
 
 
-_RESIDENT_PIECE = 1 << 30
-"""Bytes whose residency is asked for at once: 262 144 pages, a vector of 256 KiB."""
-
-
 async def _take_all(core: OpenMap) -> tuple[Claim, int, bool]:
     writable = core.mapping.protection.writable
     claim = await core.lock.acquire(0, LARGEST_OFFSET, writable)
@@ -943,47 +619,3 @@ async def _into_view_sync(core: OpenMap) -> MmapViewSync:
     claim, length, writable = await _take_all(core)
     core.lock.disown(claim)
     return MmapViewSync(core, claim, 0, length, writable)
-
-
-def _check_path(path: StrOrBytesPath) -> str | bytes:
-    try:
-        name = os.fspath(path)
-    except TypeError:
-        raise TypeError(
-            f"path must be a string, bytes or a path object, not {path!r} of type "
-            f"{type(path).__name__}"
-        ) from None
-    if ("\0" if isinstance(name, str) else b"\0") in name:  # type: ignore[operator]
-        raise ValueError(f"the path {name!r} has a NUL character in it, which no path can have")
-    return name
-
-
-def _check_file_range(
-    offset: SupportsIndex, length: SupportsIndex | None
-) -> tuple[int, int | None]:
-    offset = as_int(offset, "offset")
-    if not 0 <= offset <= LARGEST_OFFSET:
-        raise ValueError(f"offset {offset} is not inside any file")
-    return offset, None if length is None else check_length(length)
-
-
-def _check_limiter(limiter: CapacityLimiter | None) -> CapacityLimiter | None:
-    if limiter is None or isinstance(limiter, CapacityLimiter):
-        return limiter
-    raise TypeError(f"limiter must be an anyio.CapacityLimiter or None, not {limiter!r}")
-
-
-def _descriptor(file: int | HasFileno | AsyncFile[Any]) -> tuple[int, Filename]:
-    """The descriptor, and the path where the object knows one."""
-    name = None
-    if hasattr(file, "fileno"):
-        fileno: Any = file.fileno  # an AsyncFile's is typed as object
-        fd = as_int(fileno(), "fileno()")
-        name = getattr(file, "name", None)
-    elif isinstance(file, str | bytes | os.PathLike):
-        raise TypeError(f"file must be a descriptor or have fileno(); for {file!r} use open_path()")
-    else:
-        fd = as_int(file, "file")
-    if not 0 <= fd <= _LARGEST_DESCRIPTOR:
-        raise ValueError(f"{fd} is no file descriptor; is the file closed?")
-    return fd, name if isinstance(name, str | bytes) else None

@@ -24,7 +24,8 @@ _mapping
 _reshaping _workers
 _region_lock _pager _flusher
 _open_map
-_searching _pins _window_stream _view
+_searching _pins _window_stream _view _arguments
+_map_access
 _mmap
 __init__
 _cli testing
@@ -55,7 +56,7 @@ FORBIDDEN = {
     ),
     "system calls where tasks are": (
         {"_claim_lock", "_region_lock", "_pager", "_flusher", "_open_map", "_searching", "_pins",
-         "_window_stream", "_view", "_mmap"},
+         "_window_stream", "_view", "_arguments", "_map_access", "_mmap"},
         {"ctypes", "mmap", "fcntl", "asyncio", "trio"},
     ),
     "the loop's own library outside of the one module for it": (
