@@ -1,6 +1,6 @@
 """Flushes of one map: few device flushes for many tasks, and a failure that stays.
 
-One thread flushes, a batch of requests at a time (:class:`~aiommap._workers.Crew`); what may
+One thread flushes, a batch of requests at a time (:class:`~aiommap._crew.Crew`); what may
 be told to whom is :mod:`aiommap._flush_batch`'s. It is one thread for the sake of truth: the
 kernel tells a failed write-back to one caller of an open file only. With two, the one that
 was told nothing could report success before the other has latched the failure.
@@ -37,6 +37,7 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
 from . import _workers
+from ._crew import Crew, Request
 from ._errors import FlushError, Range, TruncatedError
 from ._event_loop import EventLoop
 from ._file import File, Filename
@@ -64,7 +65,7 @@ _START_PIECE = 32 << 20
 """Bytes whose write-back is started by one call in a worker; cancelled tasks leave between."""
 
 
-class _Flush(_workers.Request):
+class _Flush(Request):
     """
     A range of a map that is to be durable.
 
@@ -150,9 +151,7 @@ class Flusher:
         # Held in workers only, while the file is cut: so that no flush takes that for a
         # truncation by somebody else.
         self._cut_lock = threading.Lock()
-        self._crew: _workers.Crew[_Flush] = _workers.Crew(
-            loop, limiter, threads=1, batch=4096, perform=self._perform
-        )
+        self._crew: Crew[_Flush] = Crew(loop, limiter, threads=1, batch=4096, perform=self._perform)
         self._bulk = _Bulk()
         self._piece = BULK
         self.requested: int = 0

@@ -685,6 +685,12 @@ class Mapping:
                 return start + found
         return -1
 
+    def _cached_bytes(self, file: File, offset: int, length: int) -> int:
+        page = self.kernel.page_size
+        start, size = page_span(self.offset + offset, length, page)
+        with naming(file.filename):
+            return min(self.kernel.cached_pages(file.fd, start, size) * page, length)
+
     def resident_bytes(self, offset: int, length: int) -> int:
         """How many bytes of the range are in memory now."""
         if length == 0:
@@ -692,12 +698,14 @@ class Mapping:
         address, span = self._pages(offset, length)
         page = self.kernel.page_size
         if self.file is not None and not self.file.mincore_is_honest:
-            try:
-                start, size = page_span(self.offset + offset, length, page)
-                return min(self.kernel.cached_pages(self.file.fd, start, size) * page, length)
-            except OSError:
-                pass  # no better witness than mincore
-        state = self.kernel.resident(address, span)
+            with suppress(OSError):  # no better witness than mincore
+                return self._cached_bytes(self.file, offset, length)
+        try:
+            state = self.kernel.resident(address, span)
+        except OSError:
+            if self.file is None:
+                raise
+            return self._cached_bytes(self.file, offset, length)
         first = self._address + offset
         total = 0
         for number, byte in enumerate(state):

@@ -25,11 +25,12 @@ from typing import Any, Generic, TypeVar
 
 from anyio import CapacityLimiter
 
+from ._crew import Crew, Request
 from ._errors import TruncatedError
 from ._event_loop import EventLoop
 from ._kernel import new_bytes
 from ._mapping import Mapping
-from ._workers import Crew, Request, forgetful
+from ._workers import forgetful
 
 T = TypeVar("T")
 

@@ -247,7 +247,12 @@ async def test_opening(tmp_path: Path) -> None:
     """Arguments of the calls that open maps; they are refused before anything is awaited."""
     path = file_of(tmp_path, inc(SIZE))
     new = tmp_path / "new"
-    any_offset: list[Bad] = [*NOT_INTEGERS, (-1, ValueError), (2**63, ValueError), (2**64, ValueError)]
+    any_offset: list[Bad] = [
+        *NOT_INTEGERS,
+        (-1, ValueError),
+        (2**63, ValueError),
+        (2**64, ValueError),
+    ]
     any_length: list[Bad] = [*NOT_INTEGERS, *NO_LENGTH]
     paths: list[Bad] = [
         ("a\0b", ValueError),

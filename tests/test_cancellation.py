@@ -359,7 +359,7 @@ class TestThreadInside:
         async def no_drain(work: object, loop: object) -> None:
             return None
 
-        monkeypatch.setattr(_workers._Work, "drain", no_drain)
+        monkeypatch.setattr(_workers.Work, "drain", no_drain)
         name, call = self.USES[use]
         assert not await self._handed_on_after_the_thread_left(tmp_path, name, call)
 

@@ -27,7 +27,7 @@ SIZE = 1 << 20
 
 SWEEP = """
     # A file is truncated right before the first, the second... system call of an operation.
-    import errno, os, sys
+    import errno, os, sys, threading
     import anyio
     from functools import partial
     from pathlib import Path
@@ -113,11 +113,13 @@ SWEEP = """
             kernel.wrap("resident", lambda real, *arguments: bytes(len(real(*arguments))))
         async with map_class(kernel).open_path(path, protection) as m:
             count = 0
+            turn = threading.Lock()
             def hook(_):
                 nonlocal count
-                if count == at:
-                    os.truncate(path, CUT)
-                count += 1
+                with turn:
+                    if count == at:
+                        os.truncate(path, CUT)
+                    count += 1
             for name in NAMES:
                 kernel.before(name, hook)
             try:
@@ -126,7 +128,8 @@ SWEEP = """
                 assert exc.filename == str(path), exc.filename
                 assert exc.offset >= 0 and exc.length >= 0, exc
                 result = exc
-            done, count = count, -1_000_000  # from here on it heals
+            with turn:
+                done, count = count, -1_000_000  # from here on it heals
             os.truncate(path, max(len(m), SIZE))  # healed: all of it is usable again
             assert len(await m.read_at(0, len(m))) == len(m)
             async with m.view() as v:

@@ -22,6 +22,7 @@ _region_queue _flush_batch
 _claim_lock _file
 _mapping
 _reshaping _workers
+_crew
 _region_lock _pager _flusher
 _open_map
 _searching _pins _window_stream _view _arguments

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from anyio import ClosedResourceError, WouldBlock
+from anyio import ClosedResourceError, WouldBlock, to_thread
 from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, DeadlockError, TruncatedError
@@ -289,6 +289,82 @@ async def test_cold_windows_are_loaded_in_a_worker_and_ahead(
 
 def loads(kernel: FakeKernel) -> list[Call]:
     return [call for call in list(kernel.calls) if call.name == "populate_read"]
+
+
+async def test_the_read_ahead_is_bounded(tmp_path: Path, kernel: FakeKernel) -> None:
+    """With a consumer that does not go on, at most 32 MiB and a window are asked for."""
+    kernel.fail("read_nowait", errno.EAGAIN)
+    kernel.fail("resident", errno.EAGAIN)
+    size = 128 << 20
+    async with Mmap.open_path(file_of(tmp_path, size)) as m:
+        async with m.windows(1 << 20) as windows:
+            await anext(windows)
+            with anyio.fail_after(30):
+                while sum(each.arguments[1] for each in loads(kernel)) < 32 << 20:
+                    await checkpoint()
+            await m.load(size - 1)  # what was asked for before is done by then, or under way
+            asked = [each.arguments[1] for each in loads(kernel)][:-1]
+            assert sum(asked) <= 34 << 20
+
+
+@pytest.mark.parametrize("how", ["break", "exception", "cancel", "aclose"])
+async def test_leaving_early_stops_the_read_ahead(
+    tmp_path: Path, kernel: FakeKernel, how: str
+) -> None:
+    """Pieces that no thread has begun are not read any more, however the loop is left."""
+    kernel.fail("read_nowait", errno.EAGAIN)
+    kernel.fail("resident", errno.EAGAIN)
+    size = 64 << 20
+    async with Mmap.open_path(file_of(tmp_path, size)) as m:
+        hold = kernel.hold("populate_read", after=1)
+
+        async def consume() -> None:
+            with anyio.CancelScope() as scope:
+                async for window in m.windows(4 << 20):
+                    assert len(window) == 4 << 20
+                    await to_thread.run_sync(hold.wait_entered)
+                    if how == "break":
+                        break
+                    if how == "exception":
+                        raise LookupError
+                    if how == "cancel":
+                        scope.cancel()
+
+        with hold:
+            if how == "exception":
+                with pytest.raises(LookupError):
+                    await consume()
+            elif how == "aclose":
+                windows = m.windows(4 << 20)
+                await anext(windows)
+                await to_thread.run_sync(hold.wait_entered)
+                await windows.aclose()
+            else:
+                await consume()
+            gc.collect()
+            async with m.view_nowait():  # no region is left
+                pass
+            assert hold.waiting <= 2
+        await m.load(0, 1)
+        # The first, those that two threads had begun, and the last.
+        assert len(loads(kernel)) <= 4
+
+
+async def test_cold_in_the_middle(tmp_path: Path, kernel: FakeKernel) -> None:
+    """A scan that begins in memory and runs into what is not reads ahead from there."""
+    size = 8 << 20
+    path = file_of(tmp_path, inc(size))
+    async with Mmap.open_path(path) as m:
+        await m.load()
+        kernel.calls.clear()
+        total = b""
+        async for window in m.windows(1 << 20):
+            if len(total) == 4 << 20:
+                assert loads(kernel) == []
+                kernel.fail("resident", errno.EAGAIN)
+            total += window
+    assert total == inc(size)
+    assert sum(each.arguments[1] for each in loads(kernel)) >= 2 << 20
 
 
 async def test_warm_windows_stay_on_the_loop(tmp_path: Path, kernel: FakeKernel) -> None:

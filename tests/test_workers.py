@@ -14,9 +14,10 @@ import anyio
 import pytest
 from anyio import CapacityLimiter, to_thread
 
-from aiommap import AsyncMmap, _workers
+from aiommap import AsyncMmap, _crew, _workers
+from aiommap._crew import Crew, Request
 from aiommap._event_loop import current_event_loop
-from aiommap._workers import Crew, Request, finish, run, start
+from aiommap._workers import finish, run, start
 
 from .cancelling import let_others_run, on_asyncio, on_trio
 from .content import file_of
@@ -751,7 +752,7 @@ class TestStarvation:
             await let_others_run()
             crew._yielding = True
             with monkeypatch.context() as patch:
-                patch.setattr(_workers, "start", _raiser(RuntimeError("can't start")))
+                patch.setattr(_crew, "start", _raiser(RuntimeError("can't start")))
                 gate.open.set()
                 while len(results) < 2:
                     await let_others_run()

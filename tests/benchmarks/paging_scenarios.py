@@ -84,6 +84,7 @@ SCAN_GAP = "crc32 over all of the file, longest gap of the loop, ms"
 FIND = "find in all of the file, GB/s"
 FIND_GAP = "find in all of the file, longest gap of the loop, ms"
 CANCEL = "cold load of 256 MiB on a slow disk, cancelled after 50 ms"
+STORE = "first stores under 16 committing tasks, us"
 FAULTS = "major faults of the loop thread"
 
 HOT_ROWS = (READ_AT, SLICE, VIEW, LOCK_SLICE, THREAD_PREAD, AIOFILE, AIOFILES, ANYIO_FILE)
@@ -303,6 +304,48 @@ async def _until_idle(file: SlowFile) -> None:
         await anyio.sleep(0.1)
 
 
+async def stores(run: Run) -> None:
+    """
+    First stores into clean pages, on the loop, while 16 tasks make the whole map durable again
+    and again: in views whose pages were made ready for stores, and in views that were not.
+    """
+    size = 64 * MIB
+    path = make_file(run.file.parent, size, step=PAGE)
+    async with AsyncMmap.open_path(path, "r+") as m:
+        await m.load()
+        for row, load in (("prepared", True), ("not prepared (load=False)", False)):
+            seconds: list[float] = []
+            gc.collect()
+            gc.disable()
+            with anyio.move_on_after(2 if run.quick else 8):
+                async with anyio.create_task_group() as group:
+                    for commit in (True, False):
+                        for _ in range(16):
+                            group.start_soon(_store, m, load, commit, seconds)
+            gc.enable()
+            seconds.sort()
+            count = len(seconds)
+            for column, value in (
+                ("p50", seconds[count // 2]),
+                ("p99", seconds[count * 99 // 100]),
+                ("p99.9", seconds[count * 999 // 1000]),
+                ("max", seconds[-1]),
+            ):
+                run.figures.note(STORE, row, f"{run.loop} {column}", value * 1e6)
+
+
+async def _store(m: AsyncMmap, load: bool, commit: bool, seconds: list[float]) -> None:
+    while True:
+        page = random.randrange(len(m) // PAGE)
+        async with m.view_mut(page * PAGE, PAGE, load=load) as v:
+            memory = v.buffer
+            start = time.perf_counter()
+            memory[0] = 1
+            seconds.append(time.perf_counter() - start)
+        if commit:
+            await (await m.flush_async())
+
+
 SCENARIOS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "hot": hot,
     "cold": cold,
@@ -310,19 +353,26 @@ SCENARIOS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "scan": scan,
     "find": find,
     "cancel": cancel,
+    "stores": stores,
 }
 
 
-def make_file(folder: Path, size: int) -> Path:
-    """A file of random bytes on the disk under ``folder``, or the one that is there."""
+def make_file(folder: Path, size: int, *, step: int = 8 * MIB) -> Path:
+    """
+    A file of random bytes on the disk under ``folder``, or the one that is there.
+
+    :param step: bytes of a write; the file system keeps them together in memory, too
+    """
     path = folder / f"aiommap-bench-{size}.bin"
     with suppress(FileNotFoundError):
         if path.stat().st_size == size:
             return path
     block = random.Random(0)
     with path.open("wb") as file:
-        for start in range(0, size, 8 * MIB):
-            file.write(block.randbytes(min(8 * MIB, size - start)))
+        for start in range(0, size, step):
+            file.write(block.randbytes(min(step, size - start)))
+            if step == PAGE:
+                file.flush()
         file.flush()
         os.fsync(file.fileno())
     return path
