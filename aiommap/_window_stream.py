@@ -53,9 +53,9 @@ class Windows:
         self._end = offset + length
         self._claim: Claim | None = None
         self._window: memoryview | None = None
-        # Pieces under way, in order, and where the last of them ends. None until a window is
+        # Pieces that are loaded, in order, and where the last of them ends. None until a window is
         # found that is not in memory: what is there already needs no read-ahead.
-        self._loads: deque[tuple[int, Load]] = deque()
+        self._loads: deque[Load] = deque()
         self._loads_end: int | None = None
 
     def __aiter__(self) -> Self:
@@ -110,14 +110,15 @@ class Windows:
     async def _load(self, start: int, stop: int) -> None:
         core = self._core
         self._read_ahead(max(stop, min(start + READ_AHEAD, self._end)))
-        while self._loads and self._loads[0][0] < stop:
-            piece_stop, load = self._loads[0]
-            await core.pager.wait(load)
-            self._loads.popleft()
-            if piece_stop >= stop:
+        while self._loads and self._loads[0].offset < stop:
+            load = self._loads.popleft()  # cancelled, nobody can wait for it again
+            with suppress(OSError):  # what is wrong may be in another window of the piece
+                await core.pager.wait(load)
+            if load.offset + load.length > stop:
+                self._loads.appendleft(load)  # the next window is in it, too
                 break
-        if self._loads_end is not None and not core.mapping.is_loaded_nowait(start, stop - start):
-            # Read ahead and gone again, or read in part by a piece that another window shared.
+        if not core.mapping.is_loaded_nowait(start, stop - start):
+            # Read ahead and gone again, or there is a reason, and it comes from here.
             await core.pager.load(core.mapping, start, stop - start)
 
     def _read_ahead(self, until: int) -> None:
@@ -126,13 +127,12 @@ class Windows:
         end = min(self._end, mapping.length)
         while self._loads_end < until and self._loads_end < end:
             count = min(_PIECE, end - self._loads_end)
-            load = self._core.pager.load_soon(mapping, self._loads_end, count)
+            self._loads.append(self._core.pager.load_soon(mapping, self._loads_end, count))
             self._loads_end += count
-            self._loads.append((self._loads_end, load))
 
     def _drop_loads(self) -> None:
         while self._loads:
-            self._core.pager.abandon(self._loads.pop()[1])
+            self._core.pager.abandon(self._loads.pop())
 
     def _release(self) -> None:
         claim, self._claim = self._claim, None
@@ -176,5 +176,5 @@ class Windows:
         if window is not None:
             with suppress(BufferError):  # nobody could handle it here
                 window.release()
-        for _, load in getattr(self, "_loads", ()):
+        for load in getattr(self, "_loads", ()):
             self._core.pager.abandon(load)

@@ -50,7 +50,7 @@ def room(folder: Path) -> int:
     try:
         os.fsync(descriptor)  # btrfs counts with the next commit
         status = os.fstatvfs(descriptor)
-        return status.f_bavail * status.f_frsize
+        return status.f_bfree * status.f_frsize  # root has the reserved ones too
     finally:
         os.close(descriptor)
 

@@ -20,7 +20,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -28,6 +28,7 @@ from anyio import to_thread
 from aiommap import AsyncMmap, FlushError, PendingFlush
 from aiommap._kernel import Kernel, native
 
+from .conftest import BACKENDS
 from .false_flushes import FALSE_FLUSHES
 from .flushing import mapped_by
 from .processes import run_python
@@ -53,6 +54,12 @@ Proof = Callable[[LoggedDisk, Kernel], Awaitable[None]]
 
 every_file_system = pytest.mark.parametrize("kind", list(FILE_SYSTEMS))
 every_false_flush = pytest.mark.parametrize("false", list(FALSE_FLUSHES))
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """Two loops: what a disk keeps does not depend on the event loop, and disks take time."""
+    return BACKENDS[request.param]
 
 
 class BytesLostError(AssertionError):

@@ -159,6 +159,7 @@ class DurabilityMachine(RuleBasedStateMachine):
         type(self).files += 1
         self.path = self.disk.path / f"file{self.files}"
         self.m: AsyncMmap | None = None
+        self.written = False  # through this map
 
     def run(self, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
         result: T = type(self).call(call, *arguments)
@@ -182,6 +183,7 @@ class DurabilityMachine(RuleBasedStateMachine):
     def store(self, where: tuple[int, int], way: str) -> None:
         first, count = self.inside(where)
         data = self.model.store(first, count)
+        self.written = self.written or count > 0
 
         async def write_through_a_view() -> None:
             async with self.map.view_mut(first * PAGE, count * PAGE) as view:
@@ -248,6 +250,7 @@ class DurabilityMachine(RuleBasedStateMachine):
         if size != self.model.size:
             self.run(self.map.resize, size * PAGE)
             self.model.resize(size)
+            self.written = True
 
     async def close(self, flush: bool) -> None:
         assert self.m is not None
@@ -258,6 +261,8 @@ class DurabilityMachine(RuleBasedStateMachine):
     def reopen(self, flush: bool) -> None:
         snapshot = self.model.snapshot()
         self.run(self.close, flush)
+        # Leaving flushes what was written through the map, and no more than that.
+        flush, self.written = flush and self.written, False
         if flush:
             self.model.made_durable(snapshot, 0, self.model.size)
         self.m = self.run(_opened, mapped_by(self.kernel).open_path, self.path, "r+")

@@ -20,7 +20,7 @@ from .content import file_of, inc, maps_of, only_linux
 from .processes import run_python
 from .rigs.plain_files import TOUCH, run_child
 
-pytestmark = [pytest.mark.anyio, only_linux]
+pytestmark = only_linux
 
 PAGE = 4096
 SIZE = 1 << 20
@@ -168,17 +168,18 @@ SWEEP = """
 
 
 class TestTruncation:
-    @pytest.mark.parametrize("protection", ["r", "r+", "c"])
-    @pytest.mark.parametrize("memory", ["hot", "cold"])
-    async def test_before_each_system_call(
-        self, memory: str, protection: str, tmp_path: Path, backend_name: str
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    @pytest.mark.parametrize(
+        ("memory", "protection"), [("hot", "r"), ("hot", "r+"), ("cold", "r+"), ("cold", "c")]
+    )
+    def test_before_each_system_call(
+        self, memory: str, protection: str, tmp_path: Path, backend: str
     ) -> None:
         """Cut at any moment of any operation: all the data or TruncatedError; healed by growing."""
-        result = await to_thread.run_sync(
-            run_python, SWEEP, tmp_path, backend_name, memory, protection
-        )
+        result = run_python(SWEEP, tmp_path, backend, memory, protection)
         assert (result.returncode, result.stdout) == (0, "alive True\n"), result.stderr[-2000:]
 
+    @pytest.mark.anyio
     async def test_control(self, tmp_path: Path) -> None:
         """Control: a plain map of a truncated file is the end of a process."""
         path = file_of(tmp_path, inc(SIZE))
@@ -186,6 +187,7 @@ class TestTruncation:
         result = await to_thread.run_sync(run_child, code, path, SIZE - 1, "read")
         assert result.returncode == -signal.SIGBUS
 
+    @pytest.mark.anyio
     async def test_before(self, tmp_path: Path) -> None:
         """Every call that touches missing bytes says so, with the range and what is left."""
         path = file_of(tmp_path, inc(SIZE))
@@ -224,6 +226,7 @@ class TestTruncation:
                     await result.aclose()
             assert await m.read_at(5000, 10) == bytes(10)
 
+    @pytest.mark.anyio
     async def test_under_a_view(self, tmp_path: Path) -> None:
         """A view stays a view: its copies are errors, and it closes."""
         path = file_of(tmp_path, inc(SIZE))
@@ -247,6 +250,7 @@ class TestTruncation:
                         await right.readline()
             os.truncate(path, SIZE)
 
+    @pytest.mark.anyio
     async def test_planted_fault(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Control: without the check of the file's size a flush of lost bytes looks good."""
         path = file_of(tmp_path, inc(SIZE))
@@ -260,8 +264,8 @@ class TestTruncation:
         await m.flush()  # durable, it says
         await m.aclose(flush=False)
 
-    @pytest.mark.parametrize("protection", ["r+", "c"])
-    async def test_under_64_tasks(self, protection: str, tmp_path: Path, backend_name: str) -> None:
+    @pytest.mark.parametrize(("protection", "backend"), [("r+", "trio"), ("c", "asyncio")])
+    def test_under_64_tasks(self, protection: str, backend: str, tmp_path: Path) -> None:
         """64 tasks at work while the file is cut and grown: data or an error, and no hang."""
         code = """
             import errno, os, random, sys, threading
@@ -327,11 +331,12 @@ class TestTruncation:
 
             anyio.run(main, backend=sys.argv[2])
         """
-        result = await to_thread.run_sync(run_python, code, tmp_path, backend_name, protection)
+        result = run_python(code, tmp_path, backend, protection)
         assert (result.returncode, result.stdout) == (0, "True True\n"), result.stderr[-3000:]
 
 
 class TestOtherFiles:
+    @pytest.mark.anyio
     async def test_unlinked(self, tmp_path: Path) -> None:
         """A map of a file without a name works on, and closes."""
         path = file_of(tmp_path, inc(SIZE))
@@ -346,6 +351,7 @@ class TestOtherFiles:
                 await v.write(b"here")
         assert not path.exists()
 
+    @pytest.mark.anyio
     async def test_replaced(self, tmp_path: Path) -> None:
         """A file renamed over the path is another one: the map keeps the old one."""
         path = file_of(tmp_path, inc(SIZE))
@@ -365,6 +371,7 @@ class TestOtherFiles:
 class TestFullDisk:
     """Holes in a sparse file on a disk that is full."""
 
+    @pytest.mark.anyio
     async def test_holes(self, kind: str, make_small_fs: Callable[..., Any]) -> None:
         """A store into a hole is ENOSPC and changes nothing; blocks that are there still work."""
         small = make_small_fs(kind)
@@ -407,6 +414,7 @@ class TestFullDisk:
             await m.flush()
         assert path.read_bytes()[:PAGE] == b"b" * PAGE
 
+    @pytest.mark.anyio
     async def test_create(self, kind: str, make_small_fs: Callable[..., Any]) -> None:
         """No room for a new file: ENOSPC, and no file."""
         small = make_small_fs(kind)
@@ -419,6 +427,7 @@ class TestFullDisk:
         async with AsyncMmap.create(small.path / "new", 256 << 10) as m:
             await m.write_at(0, b"x" * len(m))
 
+    @pytest.mark.anyio
     async def test_64_tasks(self, kind: str, make_small_fs: Callable[..., Any]) -> None:
         """Tasks that store into holes while the disk fills up and is freed: data or ENOSPC."""
         small = make_small_fs(kind)
@@ -456,6 +465,7 @@ class TestFullDisk:
 class TestBadDisk:
     """Pages that the disk cannot read or write."""
 
+    @pytest.mark.anyio
     async def test_reads(self, make_slow_file: Callable[..., Any]) -> None:
         """EIO of one page is an error of the calls that touch it, until it heals."""
         file = make_slow_file(SIZE, max_readahead=0)
@@ -490,6 +500,7 @@ class TestBadDisk:
                 if isinstance(result, MmapView):
                     await result.aclose()
 
+    @pytest.mark.anyio
     async def test_64_tasks(self, make_slow_file: Callable[..., Any]) -> None:
         """Every task whose pages are bad gets EIO, every other one its data."""
         file = make_slow_file(SIZE, read=0.001, max_readahead=0)
@@ -517,6 +528,7 @@ class TestBadDisk:
                     assert results[page] == expected, page
                 file.heal()
 
+    @pytest.mark.anyio
     async def test_writes(self, make_slow_file: Callable[..., Any]) -> None:
         """A flush that the disk refuses is FlushError, and stays one until it is cleared."""
         file = make_slow_file(SIZE)
@@ -536,6 +548,7 @@ class TestBadDisk:
             with pytest.raises(FlushError):
                 await pending
 
+    @pytest.mark.anyio
     async def test_disk_that_does_not_answer(self, make_slow_file: Callable[..., Any]) -> None:
         """Tasks that wait for it can leave, the map can be closed, and others go on."""
         file = make_slow_file(SIZE, max_readahead=0)

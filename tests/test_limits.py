@@ -8,7 +8,6 @@ from pathlib import Path
 
 import anyio
 import pytest
-from anyio import to_thread
 
 from aiommap import AsyncMmap, TruncatedError
 
@@ -17,7 +16,7 @@ from .fake_kernel import FakeKernel
 from .processes import run_python
 from .test_cancellation import map_class
 
-pytestmark = [pytest.mark.anyio, only_linux]
+pytestmark = only_linux
 
 SIZE = 1 << 20
 
@@ -128,14 +127,14 @@ NO_THREADS = """
             os.setresuid(65534, 65534, 65534)
         for _ in range(5):
             for call in (lambda: m.write_at(0, b"x"), lambda: m.flush(), lambda: m.file_size(),
-                         lambda: m.read_at(0, SIZE), lambda: m.load(0, SIZE), lambda: m.pin(0, 1),
+                         lambda: m.read_at(0, SIZE), lambda: m.resident(), lambda: m.pin(0, 1),
                          lambda: AsyncMmap.open(m._core.mapping.file.fd)):
                 try:
                     await call()
                 except RuntimeError as exc:
                     assert "thread" in str(exc), exc
                 else:
-                    raise AssertionError(f"a thread for {call.__code__.co_firstlineno} {call.__code__.co_names}")
+                    raise AssertionError(f"a thread for {call.__code__.co_names}")
             m.view_mut_nowait(100, 10)._give_back()
         assert await m.read_at(0, 10) == inc(10)
         # What must happen happens all the same.
@@ -259,47 +258,57 @@ REFUSED_CALLS = """
 """
 
 
-async def run_limited(body: str, folder: Path, backend: str, *arguments: object) -> None:
+in_a_process = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+def run_limited(body: str, folder: Path, backend: str, *arguments: object) -> None:
     code = PRELUDE + body + '\n    anyio.run(main, backend=backend)\n    print("ok")\n'
-    result = await to_thread.run_sync(run_python, code, folder, backend, *arguments)
+    result = run_python(code, folder, backend, *arguments)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr[-2000:]
 
 
-async def test_descriptors(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_descriptors(tmp_path: Path, backend: str) -> None:
     """RLIMIT_NOFILE: EMFILE with the path; nothing leaks, and what is open works on."""
-    await run_limited(NO_FILES, tmp_path, backend_name)
+    run_limited(NO_FILES, tmp_path, backend)
 
 
-async def test_address_space(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_address_space(tmp_path: Path, backend: str) -> None:
     """RLIMIT_AS: ENOMEM; a resize that fails changes neither the map nor the file."""
-    await run_limited(NO_SPACE, tmp_path, backend_name)
+    run_limited(NO_SPACE, tmp_path, backend)
 
 
-async def test_threads(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_threads(tmp_path: Path, backend: str) -> None:
     """No thread to be had: RuntimeError, and yet a map closes."""
-    await run_limited(NO_THREADS, tmp_path, backend_name)
+    run_limited(NO_THREADS, tmp_path, backend)
 
 
-async def test_file_size(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_file_size(tmp_path: Path, backend: str) -> None:
     """RLIMIT_FSIZE: EFBIG and not a signal, and no file is left behind."""
-    await run_limited(NO_LENGTH, tmp_path, backend_name)
+    run_limited(NO_LENGTH, tmp_path, backend)
 
 
-async def test_locked_memory(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_locked_memory(tmp_path: Path, backend: str) -> None:
     """RLIMIT_MEMLOCK: ENOMEM; what was pinned is, and nothing else counts as locked."""
-    await run_limited(NO_LOCKED_MEMORY, tmp_path, backend_name)
+    run_limited(NO_LOCKED_MEMORY, tmp_path, backend)
 
 
-async def test_memory_areas(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_memory_areas(tmp_path: Path, backend: str) -> None:
     """vm.max_map_count: no new map, and the one that is open works and closes."""
-    await run_limited(NO_AREAS, tmp_path, backend_name)
+    run_limited(NO_AREAS, tmp_path, backend)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls")
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
-async def test_refused_system_calls(number: int, tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_refused_system_calls(number: int, tmp_path: Path, backend: str) -> None:
     """A container that refuses every optional call: slower, and everything works."""
-    await run_limited(REFUSED_CALLS, tmp_path, backend_name, number)
+    run_limited(REFUSED_CALLS, tmp_path, backend, number)
 
 
 FEATURES = {
@@ -318,6 +327,7 @@ FEATURES = {
     ("feature", "number"),
     [(feature, number) for feature, numbers in FEATURES.items() for number in numbers],
 )
+@pytest.mark.anyio
 async def test_old_kernels(feature: str, number: int | None, tmp_path: Path) -> None:
     """Without one optional feature, refused in each way, everything works."""
     kernel = FakeKernel()
@@ -358,6 +368,7 @@ async def test_old_kernels(feature: str, number: int | None, tmp_path: Path) -> 
             path.write_bytes(inc(SIZE))
 
 
+@pytest.mark.anyio
 async def test_ten_thousand_tasks_with_views(tmp_path: Path) -> None:
     """Ten thousand tasks hold a region each, all at once; all regions are free afterwards."""
     number = 10_000
@@ -384,6 +395,7 @@ async def test_ten_thousand_tasks_with_views(tmp_path: Path) -> None:
                 assert v[index * 64 : index * 64 + 64] == index.to_bytes(64, "little")
 
 
+@pytest.mark.anyio
 async def test_ten_thousand_tasks_for_one_region(tmp_path: Path) -> None:
     """Ten thousand tasks add to one number, each under the lock: none is lost."""
     number = 10_000
@@ -433,6 +445,7 @@ MAPS = """
 """
 
 
-async def test_thousand_maps(tmp_path: Path, backend_name: str) -> None:
+@in_a_process
+def test_thousand_maps(tmp_path: Path, backend: str) -> None:
     """A thousand maps of a file at once share the threads of their loop, and all close."""
-    await run_limited(MAPS, tmp_path, backend_name)
+    run_limited(MAPS, tmp_path, backend)
