@@ -11,6 +11,7 @@ asyncio; on trio a task that has been woken is not cancelled before its next che
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -46,6 +47,22 @@ class RegionLockStatistics:
     held_exclusive: int
     waiting: int
     longest_queue: int
+
+
+_QUEUE = frozenset(
+    f"{__package__}.{name}"
+    for name in ("_claim_lock", "_frontier", "_range_index", "_region_queue", "_wait_graph")
+)
+
+
+def _is_interrupted() -> bool:
+    """Whether the caller's caller, a finalizer, runs in the middle of the queue's work."""
+    frame = sys._getframe(2).f_back
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _QUEUE:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class ClaimLock:
@@ -191,6 +208,19 @@ class ClaimLock:
     def _release_abandoned(self, claim: Claim) -> None:
         if claim.state in (WAITING, HELD):
             self.release(claim)
+
+    def drop(self, claim: Claim) -> None:
+        """
+        Release a claim whose holder was dropped, for finalizers: at once if that is safe, which
+        it is where the last reference went in the loop's thread, else soon.
+
+        The garbage collector runs finalizers in the middle of anything, also of the queue's own
+        work, which must not find another piece gone than it put there.
+        """
+        if self._is_running_here() and not _is_interrupted():
+            self._release_abandoned(claim)
+        else:
+            self.abandon(claim)
 
     def leave(self, claim: Claim, reason: type[BaseException] | None) -> None:
         """

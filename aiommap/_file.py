@@ -145,7 +145,15 @@ def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
 def open_file(kernel: Kernel, path: str | bytes, protection: Protection) -> File:
     """Open by path with the rights that the protection needs, and no more."""
     flags = os.O_RDWR if protection is Protection.READ_WRITE else os.O_RDONLY
-    return File(kernel, os.open(path, flags | _SAFE_FLAGS), path)
+    flags |= _SAFE_FLAGS
+    # A read that notes its time may wait for the file system's journal, even one that must not
+    # wait for the disk (RWF_NOWAIT). Only the owner of a file may do without.
+    with suppress(PermissionError):
+        return File(kernel, os.open(path, flags | _NO_ACCESS_TIME), path)
+    return File(kernel, os.open(path, flags), path)
+
+
+_NO_ACCESS_TIME: int = getattr(os, "O_NOATIME", 0)
 
 
 # Without O_NONBLOCK the open of a FIFO waits for its other end, for ever.

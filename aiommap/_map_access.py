@@ -54,7 +54,8 @@ class MapAccess:
         :raises OSError: what the disk says
         """
         core = self._core
-        core.check()
+        if core.closed or not core.loop.is_running_here():
+            core.check()  # raises
         offset, length = check_range(offset, length, core.mapping.length)
         await core.loop.checkpoint()
         if core.lock.check_free(offset, offset + length, False):
@@ -283,9 +284,9 @@ class MapAccess:
         read is still under way are counted too.
         """
         core = self._core
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
+        offset, length = check_range(offset, length, self._checked().length)
         await core.loop.checkpoint()
+        mapping = core.still_inside(offset, length)
         total = 0
         for piece, count in pieces(offset, length, _RESIDENT_PIECE):
             total += await core.run(partial(mapping.resident_bytes, piece, count))
@@ -309,11 +310,12 @@ class MapAccess:
             fit this memory
         """
         advice = Advice.parse(advice)
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
-        await self._core.loop.checkpoint()
+        core = self._core
+        offset, length = check_range(offset, length, self._checked().length)
+        await core.loop.checkpoint()
+        mapping = core.still_inside(offset, length)
         if length:
-            await self._core.run(partial(mapping.advise, offset, length, advice))
+            await core.run(partial(mapping.advise, offset, length, advice))
 
     @_workers.forgetful
     async def pin(self, offset: SupportsIndex = 0, length: SupportsIndex | None = None) -> None:
@@ -325,9 +327,9 @@ class MapAccess:
         :raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK, with the limit
         """
         core = self._core
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
+        offset, length = check_range(offset, length, self._checked().length)
         await core.loop.checkpoint()
+        mapping = core.still_inside(offset, length)
         if length:
             await self._pins.pin(core, mapping, offset, length)
 
@@ -339,8 +341,8 @@ class MapAccess:
         :raises ValueError: some of it is not pinned; nothing is unpinned
         """
         core = self._core
-        mapping = self._checked()
-        offset, length = check_range(offset, length, mapping.length)
+        offset, length = check_range(offset, length, self._checked().length)
         await core.loop.checkpoint()
+        mapping = core.still_inside(offset, length)
         if length:
             await self._pins.unpin(core, mapping, offset, length)

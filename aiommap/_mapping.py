@@ -56,7 +56,7 @@ disk's queue or for an extent tree, and for how long no look starts one then. It
 """
 
 _SCRATCH = 64 << 10
-_WINDOW = 256 << 10  # what is searched at once: read it and search it while it is in the cache
+_WINDOW = 512 << 10  # what is searched at once: read it and search it while it is in the cache
 _MOST_AREAS = 64
 _LASTING = frozenset(
     (

@@ -32,7 +32,11 @@ T = TypeVar("T")
 
 POLLED = 64 << 10
 POLLS = 2
-"""How often, and for how many bytes, a task looks again before it asks a worker."""
+TURNS = 6
+"""
+For how many bytes a task looks again before it asks a worker, how often after its read was
+started, and how many turns of the loop it waits at most for that.
+"""
 
 STORES_PREPARED = 256 << 10
 """
@@ -251,40 +255,49 @@ class OpenMap:
         await self.pager.load(mapping, offset, length, write=write)
 
     async def _polled(self, offset: int, length: int) -> bool:
-        """
-        Look again, one turn of the loop later.
-
-        The first look has started the read, and where many tasks read from a fast disk it is
-        done by then: half the cost of a hop.
-        """
+        """As :meth:`poll`, for a view that will touch the pages itself."""
         if length > POLLED or not self.mapping.starts_reads:
             return False
-        for _ in range(POLLS):
-            self._starting += 1
-            try:
-                await self.loop.checkpoint()
-            finally:
-                self._starting -= 1
+        looks = POLLS
+        for _ in range(TURNS):
+            looks -= await self._turn()
             if self.is_ready_nowait(offset, length):
                 return True
+            if not looks:
+                break
         return False
 
     async def poll(self, offset: int, length: int) -> bytes | None:
-        """As :meth:`read_nowait` a few times more, for ranges that are not held."""
+        """
+        As :meth:`read_nowait` a few times more, one turn of the loop later each.
+
+        The first look has started the read, and where many tasks read from a fast disk it is
+        done by then: half the cost of a hop. While as many reads are under way as looks may
+        start, a turn is also how a task waits for its own. The range is not held.
+        """
         if length > POLLED or not self.mapping.starts_reads:
             return None
-        for _ in range(POLLS):
-            self._starting += 1
-            try:
-                await self.loop.checkpoint()
-            finally:
-                self._starting -= 1
+        looks = POLLS
+        for _ in range(TURNS):
+            looks -= await self._turn()
             if self.closed or not self.lock.check_free(offset, offset + length, False):
                 return None
             data = self.read_nowait(offset, length)
-            if data is not None:
+            if data is not None or not looks:
                 return data
         return None
+
+    async def _turn(self) -> bool:
+        """Let others run; whether the look before this has started a read."""
+        if self._starting >= self.mapping.most_starting:
+            await self.loop.checkpoint()
+            return False
+        self._starting += 1
+        try:
+            await self.loop.checkpoint()
+        finally:
+            self._starting -= 1
+        return True
 
     def run(self, call: Callable[[], T]) -> Coroutine[Any, Any, T]:
         """Run a call in a worker; stays until it has finished."""

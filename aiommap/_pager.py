@@ -105,6 +105,7 @@ class Load(Access[None]):
         self.mapping = mapping
         self.offset = offset
         self.length = length
+        self.result = None  # also where it failed: it may be waited for again
 
     def perform(self) -> None:
         assert self.mapping is not None

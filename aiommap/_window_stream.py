@@ -168,10 +168,7 @@ class Windows:
         claim = getattr(self, "_claim", None)
         if claim is not None:
             self._claim = None
-            if self._core.loop.is_running_here():
-                self._core.lock.release(claim)
-            else:
-                self._core.lock.abandon(claim)
+            self._core.lock.drop(claim)
         window = getattr(self, "_window", None)
         if window is not None:
             with suppress(BufferError):  # nobody could handle it here

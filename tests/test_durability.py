@@ -38,6 +38,7 @@ from .rigs.file_systems import FILE_SYSTEMS
 from .rigs.logged_disk import LoggedDisk
 from .rigs.plain_files import make_durable
 from .rigs.plain_files import opened as opened_descriptor
+from .rigs.slow_file import SlowFile
 
 pytestmark = pytest.mark.anyio
 
@@ -442,7 +443,7 @@ async def test_a_write_back_that_failed_by_itself(kind: str, make_logged_disk: M
 
 
 @pytest.mark.fuse
-async def test_full_while_it_is_written_back(slow_file, backend_name: str) -> None:  # type: ignore[no-untyped-def]
+async def test_full_while_it_is_written_back(slow_file: SlowFile) -> None:
     """ENOSPC on a disk that finds out only when it is written to: flush_async's pending flush
     has it, and closing the map raises it."""
     slow_file.fail_writes(errno.ENOSPC, PAGE, PAGE)

@@ -10,12 +10,15 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 from anyio import ClosedResourceError, from_thread, to_thread
 
 from aiommap import AsyncMmap, FlushError, MmapView, TruncatedError
+from aiommap._file import File
+from aiommap._range_index import RangeIndex
 
 from .cancelling import let_others_run, on_asyncio
 from .content import file_of, inc, maps_of, only_linux, open_descriptors
@@ -329,6 +332,7 @@ class TestClose:
             kernel.fail("advise", errno.EINVAL)
             kernel.fail("pin", errno.ENOMEM)
             kernel.fail("resident", errno.EIO)
+            kernel.fail("cached_pages", errno.EIO)
             kernel.fail("map_file", errno.ENOMEM)
             for call in (
                 lambda: m.advise("random"),
@@ -500,6 +504,47 @@ class TestForgotten:
                 await let_others_run()
                 assert m.statistics().views == 1
         await gone(path)
+
+    async def test_windows_collected_in_the_middle_of_the_queue(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Garbage that holds a region is found while another task asks for it: it gets it."""
+        path = file_of(tmp_path, inc(SIZE))
+        real = RangeIndex.overlapping
+
+        def overlapping(index: RangeIndex[Any], start: int, stop: int) -> list[Any]:
+            found = real(index, start, stop)
+            if found:
+                gc.collect()  # between the look and the leap
+            return found
+
+        async def forget() -> None:
+            windows = m.windows(1 << 16)
+            cycle: list[object] = [windows]
+            cycle.append(cycle)
+            await windows.__anext__()
+
+        async with AsyncMmap.open_path(path, "r+") as m:
+            gc.disable()
+            try:
+                await forget()
+                monkeypatch.setattr(RangeIndex, "overlapping", overlapping)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(m.write_at, 0, b"x")
+            finally:
+                gc.enable()
+                monkeypatch.undo()
+            m._core.lock.queue._check()
+            m.view_mut_nowait()._give_back()
+        assert path.read_bytes()[:1] == b"x"
+
+    async def test_windows_left_by_break(self, tmp_path: Path) -> None:
+        """Leaving the loop early frees the region at once."""
+        async with AsyncMmap.open_path(file_of(tmp_path, inc(SIZE)), "r+") as m:
+            async for window in m.windows(1 << 16):
+                assert window[0] == 0
+                break
+            m.view_mut_nowait()._give_back()
 
     async def test_openings(self, tmp_path: Path) -> None:
         """What is never awaited leaves nothing behind, not even a warning."""
@@ -846,6 +891,46 @@ class TestDescriptors:
         os.close(again)
         assert await maps[0].read_at(0, 10) == inc(10)
         await maps[0].aclose()
+
+    async def _failed_opens_leak(self, path: Path) -> bool:
+        """Open files that cannot be mapped, and keep the errors: are descriptors left?"""
+        empty = file_of(path.parent, b"", "empty")
+        before = open_descriptors()
+        kept: list[BaseException] = []
+        with open(path, "rb") as file:
+            for opening in (
+                AsyncMmap.open_path(empty),
+                AsyncMmap.open_path(path, offset=SIZE),
+                AsyncMmap.open_path(path.parent),
+                AsyncMmap.open(file, "r+"),
+                AsyncMmap.create(path, 10, exist_ok=True),
+            ):
+                with pytest.raises((OSError, ValueError)) as caught:
+                    await opening
+                kept.append(caught.value)
+        return open_descriptors() != before and len(kept) == 5
+
+    async def test_failed_opens(self, tmp_path: Path) -> None:
+        """An opening that fails leaves no descriptor, even while its error is kept."""
+        assert not await self._failed_opens_leak(file_of(tmp_path, inc(SIZE)))
+
+    async def test_failed_opens_planted_fault(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Control: files that are not closed when an opening fails are seen."""
+        leaked: list[int] = []
+
+        def close(file: File) -> None:
+            leaked.append(file.fd)
+            file.fd = -1
+
+        monkeypatch.setattr(File, "close", close)
+        try:
+            assert await self._failed_opens_leak(file_of(tmp_path, inc(SIZE)))
+        finally:
+            for fd in leaked:
+                if fd != -1:
+                    os.close(fd)
 
     async def test_closed_before_it_opens(self, tmp_path: Path) -> None:
         """A file that was closed between call and await is an error, not another file."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -36,7 +37,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     return kernel
 
 
-Change = Callable[[AsyncMmap], Awaitable[None]]
+Change = Callable[[AsyncMmap], Coroutine[Any, Any, None]]
 CHANGES: dict[str, Change] = {
     "grow": lambda m: m.resize(N + 5_000),
     "shrink": lambda m: m.resize(N - 5_000),

@@ -285,7 +285,12 @@ def read(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
 
 
 def read_nowait(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-    return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
+    return _preadv(fd, buffers, offset, _NOWAIT)
+
+
+# Looked up once: this is on the path of every access.
+_preadv = os.preadv
+_NOWAIT = os.RWF_NOWAIT
 
 
 def will_need(fd: int, offset: int, length: int) -> None:
