@@ -168,7 +168,7 @@ class Mapping:
         self._populate = True
         # Reads that may be under way because of looks from the loop. Half of what the disk takes
         # before the next one has to wait: for there are other readers, and writers.
-        self.most_starting = file.disk_queue // 2 if file is not None else 0
+        self.most_starting: int = file.disk_queue // 2 if file is not None else 0
         self._careful_until = 0.0
         self._start_seconds = 0.0
 

@@ -27,7 +27,7 @@ from anyio import CapacityLimiter
 
 from ._crew import Crew, Request
 from ._errors import TruncatedError
-from ._event_loop import EventLoop
+from ._event_loop import EventLoop, Parking
 from ._kernel import new_bytes
 from ._mapping import Mapping
 from ._workers import forgetful
@@ -68,10 +68,10 @@ class Access(Request, Generic[T]):
     def __init__(self, mapping: Mapping, offset: int, length: int, call: Callable[[], T]) -> None:
         super().__init__()
         self.mapping: Mapping | None = mapping
-        self.offset = offset
-        self.length = length
-        self.seconds = 0.0
-        self.together = length <= SMALLEST_PIECE
+        self.offset: int = offset
+        self.length: int = length
+        self.seconds: float = 0.0
+        self.together: bool = length <= SMALLEST_PIECE
         self._call: Callable[[], T] | None = call
 
     def forget(self) -> None:
@@ -96,16 +96,16 @@ class Load(Access[None]):
     __slots__ = ()
 
     def __init__(self, mapping: Mapping, offset: int, length: int) -> None:
-        self.together = length <= SMALLEST_PIECE
-        self.done = False
-        self.error = None
-        self.parking = None
+        self.together: bool = length <= SMALLEST_PIECE
+        self.done: bool = False
+        self.error: BaseException | None = None
+        self.parking: Parking | None = None
         self._taken = False
         self._abandoned = False
         self.mapping = mapping
         self.offset = offset
         self.length = length
-        self.result = None  # also where it failed: it may be waited for again
+        self.result: None = None  # also where it failed: it may be waited for again
 
     def perform(self) -> None:
         assert self.mapping is not None
