@@ -254,6 +254,78 @@ def test_linux_without_a_call_is_enosys(
         getattr(_linux, name)(*arguments)
 
 
+def test_the_known_size_is_the_size(file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """statx tells what fstat tells, and where the C library has no statx fstat does."""
+    for size in (PAGE + 1, 3, 1 << 40):
+        os.truncate(file.path, size)
+        assert _linux.known_file_size(file.fd) == size
+    monkeypatch.setattr(_linux, "_statx", None)
+    assert _linux.known_file_size(file.fd) == 1 << 40
+    monkeypatch.undo()
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        _linux.known_file_size(closed_descriptor())
+
+
+def test_the_known_size_without_statx_in_the_kernel(
+    file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Linux 4.11 statx is ENOSYS, and fstat answers."""
+    os.truncate(file.path, 7)
+
+    def missing(*arguments: object) -> int:
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
+
+    monkeypatch.setattr(_linux, "_statx", missing)
+    assert _linux.known_file_size(file.fd) == 7
+
+
+def test_the_queue_of_a_disk(file: OpenFile) -> None:
+    """A disk's queue is what sysfs says, and a guess for what is no disk."""
+    device = os.fstat(file.fd).st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    said = [
+        int(path.read_text())
+        for path in (folder / "queue/nr_requests", folder.resolve().parent / "queue/nr_requests")
+        if path.exists()
+    ]
+    assert _linux.disk_queue(file.fd) == (said[0] if said else 32)
+    memory = _linux.memory_file(PAGE, huge=False)
+    assert memory is not None
+    try:
+        assert _linux.disk_queue(memory) == 32
+    finally:
+        os.close(memory)
+
+
+def test_many_page_ins_in_one_call(file: OpenFile) -> None:
+    """All pages of all spans are mapped; a span behind the end of the file is False."""
+    if not _linux.populate_read_many([]):
+        pytest.skip("needs process_madvise on ourselves, Linux 6.14")
+    os.truncate(file.path, 64 * PAGE)
+    memory = _linux.map_file(file.fd, 64 * PAGE, Protection.READ, 0)
+    address = address_of(memory)
+    spans = [(address + number * PAGE, 2 * PAGE) for number in range(0, 64, 8)]
+    assert _linux.will_need_many(spans)
+    assert _linux.populate_read_many(spans)
+    state = _linux.resident(address, 64 * PAGE)
+    assert all(state[number] & 1 and state[number + 1] & 1 for number in range(0, 64, 8))
+    os.truncate(file.path, 20 * PAGE)
+    assert not _linux.populate_read_many(spans)
+    memory.close()
+    assert not _linux.will_need_many(spans)
+
+
+def test_many_page_ins_on_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the call is missing or refused it is False, and nothing raises."""
+    monkeypatch.setattr(_linux, "_process_madvise", lambda *arguments: -1)
+    assert not _linux.will_need_many([(0, PAGE)])
+    assert not _linux.populate_read_many([(0, PAGE)])
+    monkeypatch.setattr(_linux, "_process_madvise", None)
+    assert not _linux.will_need_many([(0, PAGE)])
+    assert not _linux.populate_read_many([(0, PAGE)])
+
+
 def test_linux_memory_file_of_old_and_confined_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
