@@ -584,7 +584,7 @@ class AsyncMmap(MapAccess):
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is not None and not core.closed:
+        if core is not None and not core.closed and not core.closing:
             warnings.warn(
                 f"{self!r} was dropped without being closed",
                 ResourceWarning,

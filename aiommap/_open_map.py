@@ -87,6 +87,7 @@ class OpenMap:
         "_starting",
         "_whole_flushes",
         "closed",
+        "closing",
         "flush_at_end",
         "flusher",
         "kernel",
@@ -110,6 +111,7 @@ class OpenMap:
         self.flusher: Flusher = Flusher(self.loop, self.limiter, mapping)
         self._starting = 0  # reads that were started by a look and not looked for again
         self.closed: bool = False
+        self.closing: bool = False  # by close_forgotten(), as soon as the loop comes to it
         self.flush_at_end: bool = False
         self.views: int = 0
         self.loads_inline: int = 0
@@ -413,6 +415,7 @@ class OpenMap:
 
     def close_forgotten(self) -> None:
         """Close without waiting and without a flush; from any thread, at any moment."""
+        self.closing = True
         self.loop.post(self._close_forgotten)
 
     def _close_forgotten(self) -> None:

@@ -621,8 +621,8 @@ class TestOverlap:
     async def test_both_ways(self, kind: str, tmp_path: Path) -> None:
         """write_at() from and readinto_at() into the map itself are as memmove()."""
         start = 1 << 20
-        for length in (100, 5000, (1 << 20) + 77):
-            for distance in (-300_000, -4096, -1, 0, 1, 4096, 300_000):
+        for length in (100, (1 << 20) + 77):
+            for distance in (-300_000, -4096, 0, 1, 300_000):
                 expected = bytearray(inc(LARGE))
                 moved = bytes(expected[start : start + length])
                 expected[start + distance : start + distance + length] = moved

@@ -524,7 +524,7 @@ class TestThreadInside:
         assert got == {number: inc(10, number) for number in range(0, 50, 2)}
 
 
-async def test_keyboard_interrupt(tmp_path: Path) -> None:
+def test_keyboard_interrupt(tmp_path: Path) -> None:
     """Ctrl-C at any await of trio's main task: threads are waited for, the map closes."""
     path = file_of(tmp_path, inc(SIZE))
     code = """
@@ -566,7 +566,7 @@ async def test_keyboard_interrupt(tmp_path: Path) -> None:
             assert at >= 1, name
         print("ok", threading.active_count() < 10)
     """
-    result = await to_thread.run_sync(run_python, code, path)
+    result = run_python(code, path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "ok True\n", "")
 
 

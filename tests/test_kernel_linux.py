@@ -313,7 +313,6 @@ def test_many_page_ins_in_one_call(file: OpenFile) -> None:
     os.truncate(file.path, 20 * PAGE)
     assert not _linux.populate_read_many(spans)
     memory.close()
-    assert not _linux.will_need_many(spans)
 
 
 def test_many_page_ins_on_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -565,6 +565,21 @@ class TestForgotten:
         assert open_descriptors() == descriptors
         assert not (tmp_path / "never").exists()
 
+    async def test_async_generator(self, tmp_path: Path) -> None:
+        """A map in an async generator that is closed at a yield closes, without a warning."""
+        path = file_of(tmp_path, inc(SIZE))
+
+        async def generate() -> AsyncGenerator[int, None]:
+            async with AsyncMmap.open_path(path, "r+") as m, m.view_mut(0, 10) as v:
+                while True:
+                    yield v[0]
+
+        generator = generate()
+        assert await generator.__anext__() == 0
+        await generator.aclose()
+        del generator
+        await gone(path)
+
     @on_asyncio
     async def test_coroutines(self, tmp_path: Path) -> None:
         """Calls whose coroutine is closed at any await free their regions."""
@@ -599,7 +614,7 @@ class TestForgotten:
             assert m.statistics().waiting == 0
 
     @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-    async def test_tasks_of_a_loop_that_was_closed(self, loop: str, tmp_path: Path) -> None:
+    def test_tasks_of_a_loop_that_was_closed(self, loop: str, tmp_path: Path) -> None:
         """A loop that is closed with tasks in the middle of everything ends in silence."""
         code = """
             import asyncio, gc, sys
@@ -648,7 +663,7 @@ class TestForgotten:
             print("ok")
         """
         path = file_of(tmp_path, inc(SIZE))
-        result = await to_thread.run_sync(run_python, code, path, loop)
+        result = run_python(code, path, loop)
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
 
@@ -712,8 +727,9 @@ class TestExit:
         """,
     }
 
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
     @pytest.mark.parametrize("case", CASES)
-    async def test_interpreter(self, case: str, tmp_path: Path, backend_name: str) -> None:
+    def test_interpreter(self, case: str, tmp_path: Path, backend: str) -> None:
         """An interpreter that exits with open maps has status 0 and nothing to say."""
         path = file_of(tmp_path, inc(SIZE))
         code = f"""
@@ -721,12 +737,12 @@ import sys, anyio
 from functools import partial
 from aiommap import AsyncMmap
 path = sys.argv[1]
-run = partial(anyio.run, backend={backend_name!r})
+run = partial(anyio.run, backend={backend!r})
 """
         import textwrap
 
         code += textwrap.dedent(self.CASES[case])
-        result = await to_thread.run_sync(run_python, code, path)
+        result = run_python(code, path)
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -973,7 +989,7 @@ class TestDescriptors:
 
 
 class TestFork:
-    async def test_child_of_a_running_map(self, tmp_path: Path) -> None:
+    def test_child_of_a_running_map(self, tmp_path: Path) -> None:
         """A child forked in the middle of everything exits cleanly; the parent goes on."""
         code = """
             import os, sys, warnings
@@ -1020,7 +1036,7 @@ class TestFork:
             print("ok")
         """
         path = file_of(tmp_path, inc(SIZE))
-        result = await to_thread.run_sync(run_python, code, path)
+        result = run_python(code, path)
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
 

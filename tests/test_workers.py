@@ -833,7 +833,7 @@ class TestThreads:
         start(pieces.pop())
         assert gone.wait(PATIENCE)
 
-    async def test_a_result_arrives_after_the_loop_has_ended(self) -> None:
+    def test_a_result_arrives_after_the_loop_has_ended(self) -> None:
         """A thread that has nobody to tell any more ends quietly."""
         code = """
             import asyncio, threading
@@ -858,11 +858,11 @@ class TestThreads:
             del task
             print("ok")
         """
-        result = await to_thread.run_sync(run_python, code)
+        result = run_python(code)
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    async def test_fork_while_threads_are_at_work(self) -> None:
+    def test_fork_while_threads_are_at_work(self) -> None:
         """A forked child starts threads of its own, whatever the parent's are doing."""
         code = """
             import os, sys, threading, warnings
@@ -888,7 +888,7 @@ class TestThreads:
             _, status = os.waitpid(child, 0)
             print(os.waitstatus_to_exitcode(status))
         """
-        result = await to_thread.run_sync(run_python, code)
+        result = run_python(code)
         assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
 
 

@@ -117,6 +117,12 @@ PROMISES = (
         True,
     ),
     Promise(
+        "windows(4 MiB) / plain loop, warm",
+        _ratio(scenarios.SCAN, "aiommap windows(4 MiB)", "plain loop", "{} warm"),
+        0.95,
+        True,
+    ),
+    Promise(
         "windows() / plain loop, cold",
         _ratio(scenarios.SCAN, "aiommap windows()", "plain loop", "{} cold"),
         1,

@@ -218,6 +218,13 @@ async def scan(run: Run) -> None:
                 checksum = zlib.crc32(window, checksum)
         expected.append(checksum)
 
+    async def large_windows() -> None:
+        checksum = 0
+        async with AsyncMmap.open_path(run.file) as m:
+            async for window in m.windows(4 * MIB):
+                checksum = zlib.crc32(window, checksum)
+        expected.append(checksum)
+
     async def plain() -> None:
         expected.append(_plain_loop(run.file))
 
@@ -228,6 +235,7 @@ async def scan(run: Run) -> None:
         for _ in range(run.rounds):
             for row, work in (
                 ("aiommap windows()", windows),
+                ("aiommap windows(4 MiB)", large_windows),
                 ("plain loop", plain),
                 ("plain loop in a thread", in_thread),
             ):
