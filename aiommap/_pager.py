@@ -54,8 +54,8 @@ Pieces under way at a time. So a piece grows until four take 0.1 s: where a requ
 and many are answered in parallel (network, 60 ms), they are needed to be fast at all.
 """
 
-SEARCHED = 4 << 20
-"""Bytes that are searched at once: 1 ms, and then others get their turn."""
+SEARCHED = 16 << 20
+"""Bytes that are searched at once: 5 ms, and then others get their turn."""
 
 
 class Access(Request, Generic[T]):

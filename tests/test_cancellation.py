@@ -538,6 +538,8 @@ def test_keyboard_interrupt(tmp_path: Path) -> None:
 
         path = sys.argv[1]
         opener = map_class(cold_kernel())
+        # A shell's background job ignores SIGINT, and trio then leaves it so.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         async def main(call, suspensions):
             async with opener.open_path(path, "r+") as m:

@@ -356,6 +356,8 @@ class TestRun:
         code = """
             import signal, threading, trio
             from aiommap._workers import run
+            # A shell's background job ignores SIGINT, and trio then leaves it so.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             order = []
             def call():
                 signal.raise_signal(signal.SIGINT)
