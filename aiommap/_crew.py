@@ -274,7 +274,7 @@ class Crew(Generic[R]):
         else:
             requests = self._take()
             while requests:
-                done = self._perform_batch(self._perform(requests))
+                done = self._perform_batch(requests, self._perform(requests))
                 requests = self._take()
                 if requests:
                     self._loop.post(self._deliver, done)
@@ -283,7 +283,9 @@ class Crew(Generic[R]):
         # the interpreter while this thread still has it (50 us and more for who waits).
         return LastCall(functools.partial(self._loop.post, self._deliver_and_retire, done, token))
 
-    def _perform_batch(self, steps: Generator[Sequence[R], None, Sequence[R]]) -> Sequence[R]:
+    def _perform_batch(
+        self, requests: Sequence[R], steps: Generator[Sequence[R], None, Sequence[R]]
+    ) -> Sequence[R]:
         """Deliver group by group; gives the last one."""
         try:
             while True:
@@ -291,6 +293,15 @@ class Crew(Generic[R]):
         except StopIteration as stop:
             last: Sequence[R] = stop.value
             return last
+        except BaseException as exc:
+            return self._spoilt(requests, exc)
+
+    def _spoilt(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
+        """A mistake of ours, or no memory: better an error than tasks that wait for ever."""
+        for request in requests:
+            if not request.done and request.error is None:
+                request.error = error
+        return requests
 
     def _deliver_and_retire(self, requests: Sequence[R], token: object) -> None:
         self._deliver(requests)
@@ -340,7 +351,10 @@ class Crew(Generic[R]):
                     continue
                 return
             began = time.monotonic()
-            self.perform_some(requests)
+            try:
+                self.perform_some(requests)
+            except BaseException as exc:
+                self._spoilt(requests, exc)
             took = time.monotonic() - began
             self._performing_ends()
             post(self._deliver, requests)

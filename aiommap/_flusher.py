@@ -18,6 +18,11 @@ How a batch is flushed
 
 A cancelled waiter takes nothing with it: the flush goes on, for the others and for the log.
 Bulk that nobody waits for any more stops after the piece at hand.
+
+Write-backs are started by another thread, because the one that flushes may be waiting for the
+disk's cache; by one, because two that look for dirty pages in the same range wait for each
+other's pages and interrupt every processor for each, the event loop's with it. Those who ask
+while it looks share the next look.
 """
 
 from __future__ import annotations
@@ -29,7 +34,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -99,6 +103,21 @@ class _Flush(Request):
             del self.file  # which would keep its descriptor open
 
 
+class _Start(Request):
+    """A range of a mapping whose write-back is to be started."""
+
+    __slots__ = ("length", "mapping", "offset")
+
+    def __init__(self, mapping: Mapping, offset: int, length: int) -> None:
+        super().__init__()
+        self.mapping: Mapping | None = mapping
+        self.offset = offset
+        self.length = length
+
+    def forget(self) -> None:
+        self.mapping = None
+
+
 class _Bulk:
     """Long ranges that are being written piece by piece."""
 
@@ -152,6 +171,9 @@ class Flusher:
         # truncation by somebody else.
         self._cut_lock = threading.Lock()
         self._crew: Crew[_Flush] = Crew(loop, limiter, threads=1, batch=4096, perform=self._perform)
+        self._starters: Crew[_Start] = Crew(
+            loop, limiter, threads=1, batch=4096, perform=self._perform_starts
+        )
         self._bulk = _Bulk()
         self._piece = BULK
         self.requested: int = 0
@@ -236,8 +258,7 @@ class Flusher:
         end = offset + length
         while offset < end:
             count = min(_START_PIECE, end - offset)
-            # In a thread of its own: the one that flushes may be waiting for the disk's cache.
-            await _workers.run(partial(self._start, mapping, offset, count), limiter=self._limiter)
+            await self._starters.do(_Start(mapping, offset, count))
             offset += count
         self.write_backs += 1
         return pending
@@ -253,12 +274,11 @@ class Flusher:
                 self._log.cut(length)
         return result
 
-    def _failed(self, error: BaseException, ranges: Sequence[Range]) -> FlushError:
+    def _failed(self, error: BaseException, ranges: Sequence[Range]) -> Failure:
         # What is no OSError came from us; what the kernel would have said is not known then.
         number = error.errno if isinstance(error, OSError) else None
         with self._log_lock:
-            failure = self._log.fail(number or errno.EIO, ranges)
-        return self._error(failure)
+            return self._log.fail(number or errno.EIO, ranges)
 
     def _reach(self, file: File) -> tuple[int, int, int]:
         """Bytes of the file, of the map that it reaches, and of the map, at one instant."""
@@ -266,16 +286,43 @@ class Flusher:
             size = file.size()
             return size, length_inside(0, size - self._start_in_file, self.length), self.length
 
-    def _start(self, mapping: Mapping, offset: int, length: int) -> None:
+    def _perform_starts(
+        self, requests: list[_Start]
+    ) -> Generator[list[_Start], None, list[_Start]]:
+        """Start the write-back of the ranges, each page once. The log is told of failures."""
+        for mapping in {id(each.mapping): each.mapping for each in requests}.values():
+            assert mapping is not None
+            self._start([each for each in requests if each.mapping is mapping], mapping)
+        del mapping
+        for each in requests:
+            each.mapping = None  # should it be the last reference: unmapping is for workers
+        yield from ()
+        return requests
+
+    def _start(self, requests: list[_Start], mapping: Mapping) -> None:
+        """Never raises."""
         assert mapping.file is not None
-        _, reach, limit = self._reach(mapping.file)
-        length = length_inside(offset, length, limit)
-        if length > reach - offset and length:
-            raise TruncatedError(offset, length, reach, self._filename)
         try:
-            mapping.start_write_back(offset, length)
-        except OSError as exc:
-            raise self._failed(exc, [(offset, length)]) from None
+            _, reach, limit = self._reach(mapping.file)
+        except BaseException as exc:
+            for each in requests:
+                each.error = exc
+            return
+        admitted = []
+        for each in requests:
+            each.length = length_inside(each.offset, each.length, limit)
+            if each.length > reach - each.offset and each.length:
+                each.error = TruncatedError(each.offset, each.length, reach, self._filename)
+            else:
+                admitted.append(each)
+        ranges = merge([(each.offset, each.length) for each in admitted])
+        try:
+            for offset, length in ranges:
+                mapping.start_write_back(offset, length)
+        except BaseException as exc:
+            failure = self._failed(exc, ranges)
+            for each in admitted:
+                each.error = self._error(failure)
 
     def _perform(self, requests: list[_Flush]) -> Generator[list[_Flush], None, list[_Flush]]:
         # Without those that were put back and then abandoned.

@@ -4,12 +4,12 @@
 
 Works on a copy of FILE; without one, on a copy of a large file of the Python installation.
 Writers take exclusive views of regions, disjoint and overlapping, and invert every byte in
-them. Readers copy regions out and check that they never see one half inverted, and search.
-What was written is flushed along the way (``flush_async``, awaited later). At the end another
-process checks every byte with ordinary reads.
+them. Readers copy regions out, check that they never see one half inverted, and search for what
+they saw. What was written is flushed along the way (``flush_async``, awaited later). At the end
+another process checks every byte with ordinary reads.
 
 A heartbeat task measures the longest time for which the event loop stood still; then the same
-edits are done with ``asyncio.to_thread`` on the plain ``mmap`` object, for comparison.
+is done with ``asyncio.to_thread`` on the plain ``mmap`` object, for comparison.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from aiommap import AsyncMmap, PendingFlush
 
 BLOCK = 16 << 10
+NEAR = 1 << 20  # bytes around a block that are searched
 INVERT = bytes(255 - value for value in range(256))
+READERS = 4
 Span = tuple[int, int]  # first block, number of blocks
 
 
@@ -47,7 +49,6 @@ class Work:
     size: int
     tasks: list[list[Span]]
     original: Path
-    sample: bytes = b""
     flips: list[int] = field(default_factory=list)
 
     @classmethod
@@ -72,15 +73,21 @@ class Work:
             lists[number % tasks].append((start, count))
             for block in range(start, start + count):
                 flips[block] += 1
-        with original.open("rb") as file:
-            file.seek(size // 2)
-            sample = file.read(24)
-        return cls(size, lists, original, sample, flips)
+        return cls(size, lists, original, flips)
 
     def bounds(self, span: Span) -> tuple[int, int]:
         """Offset and length of a span, in bytes."""
         offset = span[0] * BLOCK
         return offset, min(span[1] * BLOCK, self.size - offset)
+
+    def any_block(self, rng: random.Random) -> tuple[int, int]:
+        """Offset and length of some block, in bytes."""
+        return self.bounds((rng.randrange(len(self.flips)), 1))
+
+    @staticmethod
+    def near(offset: int, length: int) -> tuple[int, int]:
+        """Where to search for a block's beginning: from, to."""
+        return max(offset - NEAR // 2, 0), offset + length
 
     @property
     def edited(self) -> int:
@@ -93,8 +100,6 @@ class Result:
     seconds: float = 0.0
     gap: float = 0.0
     reads: int = 0
-    searches: int = 0
-    flushes: int = 0
 
 
 async def heartbeat(result: Result, stop: anyio.Event) -> None:
@@ -114,7 +119,10 @@ async def edit(path: Path, work: Work, progress: Progress) -> Result:
     stop = anyio.Event()
     pending: list[PendingFlush] = []
 
-    async with AsyncMmap.open_path(path, "r+") as m:
+    async with (
+        AsyncMmap.open_path(work.original) as original,
+        AsyncMmap.open_path(path, "r+") as m,
+    ):
 
         async def write(spans: list[Span]) -> None:
             for span in spans:
@@ -122,31 +130,21 @@ async def edit(path: Path, work: Work, progress: Progress) -> Result:
                     v[:] = bytes(v).translate(INVERT)
                 progress.advance(bar, len(v))
             pending.append(await m.flush_async())  # starts now, awaited later
-            result.flushes += 1
 
         async def read(seed: int) -> None:
             rng = random.Random(seed)
-            original = await anyio.open_file(work.original, "rb")
-            async with original:
-                while not stop.is_set():
-                    offset, length = work.bounds((rng.randrange(len(work.flips)), 1))
-                    data = await m.read_at(offset, length)
-                    await original.seek(offset)
-                    was = await original.read(length)
-                    if data not in (was, was.translate(INVERT)):
-                        raise AssertionError(f"a half-written block at {offset}")
-                    result.reads += 1
-
-        async def search() -> None:
             while not stop.is_set():
-                await m.find(work.sample)
-                result.searches += 1
+                offset, length = work.any_block(rng)
+                was = await original.read_at(offset, length)
+                now = await m.read_at(offset, length)
+                check_block(offset, now, was)
+                await m.find(now[:24], *work.near(offset, length))
+                result.reads += 1
 
         started = time.perf_counter()
         async with anyio.create_task_group() as background:
             background.start_soon(heartbeat, result, stop)
-            background.start_soon(search)
-            for seed in range(4):
+            for seed in range(READERS):
                 background.start_soon(read, seed)
             async with anyio.create_task_group() as writers:
                 for spans in work.tasks:
@@ -160,12 +158,17 @@ async def edit(path: Path, work: Work, progress: Progress) -> Result:
 
 
 async def edit_plain(path: Path, work: Work, progress: Progress) -> Result:
-    """The same edits with the plain mmap object in threads: the loop stands still all the same."""
+    """The same with the plain mmap object in threads: the loop stands still all the same."""
     result = Result()
     bar = progress.add_task("plain mmap in threads", total=work.edited)
     stop = anyio.Event()
     lock = asyncio.Lock()
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as m:
+    with (
+        work.original.open("rb") as source,
+        mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as original,
+        path.open("r+b") as file,
+        mmap.mmap(file.fileno(), 0) as m,
+    ):
 
         def invert(offset: int, length: int) -> None:
             m[offset : offset + length] = m[offset : offset + length].translate(INVERT)
@@ -176,17 +179,36 @@ async def edit_plain(path: Path, work: Work, progress: Progress) -> Result:
                     await asyncio.to_thread(invert, *work.bounds(span))
                 progress.advance(bar, work.bounds(span)[1])
             await asyncio.to_thread(m.flush)
-            result.flushes += 1
+
+        def look(offset: int, length: int) -> tuple[bytes, bytes]:
+            return m[offset : offset + length], original[offset : offset + length]
+
+        async def read(seed: int) -> None:
+            rng = random.Random(seed)
+            while not stop.is_set():
+                offset, length = work.any_block(rng)
+                async with lock:
+                    now, was = await asyncio.to_thread(look, offset, length)
+                check_block(offset, now, was)
+                await asyncio.to_thread(m.find, now[:24], *work.near(offset, length))
+                result.reads += 1
 
         started = time.perf_counter()
         async with anyio.create_task_group() as background:
             background.start_soon(heartbeat, result, stop)
+            for seed in range(READERS):
+                background.start_soon(read, seed)
             async with anyio.create_task_group() as writers:
                 for spans in work.tasks:
                     writers.start_soon(write, spans)
             result.seconds = time.perf_counter() - started
             stop.set()
     return result
+
+
+def check_block(offset: int, now: bytes, was: bytes) -> None:
+    if now not in (was, was.translate(INVERT)):
+        raise AssertionError(f"a half-written block at {offset}")
 
 
 CHECKER = """
@@ -258,8 +280,8 @@ def main() -> None:
     console.print(
         f"[bold]{options.tasks} tasks on {options.backend}[/] rewrote {mib:.0f} MiB of a copy of "
         f"{source.name} ({work.size >> 20} MiB), in {sum(map(len, work.tasks))} exclusive views;\n"
-        f"4 readers checked {result.reads} regions meanwhile, and {result.searches} searches ran; "
-        f"another process has checked every byte."
+        f"{READERS} readers checked and searched {result.reads} blocks meanwhile; another process "
+        f"has checked every byte."
     )
     for name, each in (("aiommap", result), ("plain mmap in threads", beside)):
         console.print(
