@@ -65,6 +65,22 @@ def _is_interrupted() -> bool:
     return False
 
 
+class Holding:
+    """A claim that the end of a ``with`` block releases: :meth:`ClaimLock.holding`."""
+
+    __slots__ = ("_claim", "_lock")
+
+    def __init__(self, lock: ClaimLock, claim: Claim) -> None:
+        self._lock = lock
+        self._claim = claim
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self._lock.leave(self._claim, exc_type)
+
+
 class ClaimLock:
     """
     Claims on ranges, for the map: the region lock without leases.
@@ -236,6 +252,10 @@ class ClaimLock:
             self.abandon(claim)
         else:
             self.release(claim)
+
+    def holding(self, claim: Claim) -> Holding:
+        """The claim for the length of a ``with`` block, and then :meth:`leave`."""
+        return Holding(self, claim)
 
     def close(self, make_error: Callable[[], BaseException]) -> None:
         """

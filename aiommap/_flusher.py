@@ -48,6 +48,7 @@ from ._file import File, Filename
 from ._flush_batch import Failure, FlushLog, Ticket, length_inside, merge
 from ._mapping import Mapping
 from ._range_sets import outside
+from ._slow_log import log_if_slow
 
 T = TypeVar("T")
 
@@ -162,7 +163,7 @@ class Flusher:
     def __init__(self, loop: EventLoop, limiter: CapacityLimiter, mapping: Mapping) -> None:
         self._loop = loop
         self._limiter = limiter
-        self._filename: Filename = mapping.file.filename if mapping.file is not None else None
+        self._filename: Filename = mapping.filename
         self._start_in_file = mapping.offset
         self.length: int = mapping.length
         self._log = FlushLog()
@@ -388,6 +389,7 @@ class Flusher:
         except BaseException as exc:
             self._failed(exc, [(each.offset, each.length) for each in bulk.requests])
             return False
+        log_if_slow(began, "write-back of %d bytes at %d of %r", length, offset, self._filename)
         took = time.monotonic() - began
         if took < _QUICK and length == self._piece:
             self._piece = min(self._piece * 2, _LARGEST_PIECE)
@@ -412,11 +414,15 @@ class Flusher:
         ranges = [(each.offset, each.length) for each in admitted]
         if len(ranges) > 1:
             ranges = merge(ranges)
+        began = time.monotonic()
         try:
             covered = self._sync(admitted, ranges, size, in_bulk)
         except BaseException as exc:
             self._failed(exc, ranges)
             covered = []
+        log_if_slow(
+            began, "flush for %d tasks, %d ranges of %r", len(admitted), len(ranges), self._filename
+        )
         with self._log_lock:
             failure = self._log.end(number, covered)
         if failure is not None:

@@ -67,10 +67,8 @@ class MapAccess:
             if data is not None:
                 return data
         claim = await core.lock.acquire(offset, offset + length, False)
-        try:
+        with core.lock.holding(claim):
             return await core.read(offset, length)
-        finally:
-            core.lock.release(claim)
 
     async def readinto_at(self, offset: SupportsIndex, buffer: Buffer) -> int:
         """
@@ -86,9 +84,9 @@ class MapAccess:
         offset, length = check_range(offset, len(target), core.mapping.length)
         claim = await core.lock.acquire(offset, offset + length, False)
         try:
-            await core.read_into(offset, target)
+            with core.lock.holding(claim):
+                await core.read_into(offset, target)
         finally:
-            core.lock.release(claim)
             del target  # who keeps an error, and with it this frame, may still resize the buffer
         return length
 
@@ -118,10 +116,10 @@ class MapAccess:
                 return length
         claim = await core.lock.acquire(offset, offset + length, True)
         try:
-            core.check_writable()
-            await core.write(offset, source)
+            with core.lock.holding(claim):
+                core.check_writable()
+                await core.write(offset, source)
         finally:
-            core.lock.release(claim)
             del source  # as above
         return length
 
@@ -145,16 +143,16 @@ class MapAccess:
         claim = await core.lock.acquire_ranges(
             ((dest, dest + length, True), (src, src + length, False))
         )
-        try:
+        with core.lock.holding(claim):
             core.check_writable()
             core.still_inside(dest, length)
             mapping = core.still_inside(src, length)
             if length:
                 core.written = True
-                await core.pager.move(mapping, dest, src, length)
-        finally:
-            core.written = core.written or length > 0
-            core.lock.release(claim)
+                try:
+                    await core.pager.move(mapping, dest, src, length)
+                finally:
+                    core.written = True  # again: a flush may have begun before the last store
 
     @_workers.forgetful
     async def find(

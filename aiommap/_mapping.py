@@ -31,7 +31,7 @@ from typing import ClassVar, Literal
 
 from ._buffers import is_plain
 from ._errors import Range, TruncatedError
-from ._file import File, naming
+from ._file import File, Filename, naming
 from ._kernel import Kernel, address_of, new_bytes
 from ._options import Advice, MmapOptions, Protection
 from ._ranges import page_span, pieces
@@ -236,6 +236,11 @@ class Mapping:
             return False
         raise AssertionError("mmap.resize(-1) must fail")
 
+    @property
+    def filename(self) -> Filename:
+        """What errors and the log call the file; None for memory."""
+        return None if self.file is None else self.file.filename
+
     def reach(self) -> int:
         """How many bytes of the map the file reaches now."""
         if self.file is None or self.file.anonymous:
@@ -249,8 +254,7 @@ class Mapping:
             raise self._truncated(offset, length, size)
 
     def _truncated(self, offset: int, length: int, size: int) -> TruncatedError:
-        filename = self.file.filename if self.file is not None else None
-        return TruncatedError(offset, length, size, filename)
+        return TruncatedError(offset, length, size, self.filename)
 
     def distance(self, offset: int, buffer: memoryview) -> int:
         """How far behind the bytes at ``offset`` a buffer lies that overlaps them; else 0."""
@@ -755,7 +759,7 @@ class Mapping:
             end = min(-(-(offset + length) // grain) * grain, self.length)
             offset -= offset % grain
             length = end - offset
-        with naming(self.file.filename if self.file is not None else None):
+        with naming(self.filename):
             self.kernel.advise(*self._pages(offset, length), advice)
 
     def page_numbers(self, offset: int, length: int) -> tuple[int, int]:

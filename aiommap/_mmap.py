@@ -478,7 +478,7 @@ class AsyncMmap(MapAccess):
                 "open it again with the length it should have"
             )
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
-        try:
+        with core.lock.holding(claim):
             core.check_writable()
 
             # The mapping in no variable of ours: its end is for a worker.
@@ -490,8 +490,6 @@ class AsyncMmap(MapAccess):
                 await self._reshape(partial(core.flusher.cut, resized, length))
             elif length > core.mapping.length or await core.run(core.mapping.reach) < length:
                 await self._reshape(resized)
-        finally:
-            core.lock.release(claim)
 
     @_workers.forgetful
     async def set_protection(self, protection: Protection | str) -> None:
@@ -516,11 +514,9 @@ class AsyncMmap(MapAccess):
                 f"not the same bytes; open it again"
             )
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
-        try:
+        with core.lock.holding(claim):
             if protection is not core.mapping.protection:
                 await self._reshape(lambda: _reshaping.protected(core.mapping, protection))
-        finally:
-            core.lock.release(claim)
 
     async def _reshape(self, change: Callable[[], Mapping]) -> None:
         core = self._core

@@ -30,6 +30,7 @@ from ._errors import TruncatedError
 from ._event_loop import EventLoop, Parking
 from ._kernel import new_bytes
 from ._mapping import Mapping
+from ._slow_log import log_if_slow
 from ._workers import forgetful
 
 T = TypeVar("T")
@@ -129,6 +130,20 @@ class _PagingCrew(Crew[Access[Any]]):
             mapping.will_load_many([(each.offset, each.length) for each in group])
 
     def perform_some(self, requests: Sequence[Access[Any]]) -> None:
+        began = time.monotonic()
+        first = requests[0]
+        filename = None if first.mapping is None else first.mapping.filename
+        self._perform_some(requests)
+        log_if_slow(
+            began,
+            "batch of %d loads or copies, the first of %d bytes at %d, in %r",
+            len(requests),
+            first.length,
+            first.offset,
+            filename,
+        )
+
+    def _perform_some(self, requests: Sequence[Access[Any]]) -> None:
         small = [each for each in requests if isinstance(each, Load) and each.together]
         if len(small) > 1:
             for mapping, group in _by_mapping(small):

@@ -117,6 +117,29 @@ async def test_a_flush_that_begins_while_the_write_back_is_started_counts(
         assert got[0].done
 
 
+async def test_one_look_for_all_who_ask_meanwhile(fake: FakeKernel, path: Path) -> None:
+    """Twenty tasks that ask while a write-back is being started share the next one, which begins
+    after them: each page once, also where their ranges overlap."""
+    async with opened(fake, path) as m:
+        got: list[PendingFlush] = []
+
+        async def start(number: int) -> None:
+            got.append(await m.flush_async_range(number * PAGE, 2 * PAGE))
+
+        with fake.hold("start_write_back", times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(start, 50)
+                await entered(hold)
+                for number in range(20):
+                    tasks.start_soon(start, number)
+                await let_others_run(20)
+                hold.release.set()
+        starts = [call.arguments[2:] for call in fake.calls if call.name == "start_write_back"]
+        assert starts == [(50 * PAGE, 2 * PAGE), (0, 21 * PAGE)]
+        assert len(got) == 21
+        assert not any(pending.done for pending in got)
+
+
 async def test_it_does_not_wait_for_a_flush(fake: FakeKernel, path: Path) -> None:
     """While another task's flush waits for the disk, a write-back is started all the same."""
     async with opened(fake, path) as m:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -505,6 +505,35 @@ class TestCrew:
                 tasks.start_soon(crew.do, Broken())
             await let_others_run()
             gate.open.set()
+
+    @pytest.mark.parametrize("own", [False, True])
+    async def test_a_mistake_of_ours(self, own: bool) -> None:
+        """What should never be raised between the requests reaches those who wait for them, and
+        the crew works on."""
+        broken = True
+
+        class Careless(Crew[Errand]):
+            def perform_some(self, requests: Sequence[Errand]) -> None:
+                if broken:
+                    raise MemoryError
+                super().perform_some(requests)
+
+        def perform(requests: list[Errand]) -> Generator[list[Errand], None, list[Errand]]:
+            if broken:
+                raise MemoryError
+            yield from ()
+            return requests
+
+        limiter = CapacityLimiter(1)
+        crew = Careless(
+            current_event_loop(), limiter, threads=1, batch=64, perform=perform if own else None
+        )
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                await crew.do(Errand())
+        broken = False
+        await crew.do(Errand())
+        assert await when_idle(limiter) == 0
 
     async def test_cancelled_before_a_thread_took_it(self) -> None:
         """It is not done, and lets go of what it would have touched."""
