@@ -56,7 +56,7 @@ disk's queue or for an extent tree, and for how long no look starts one then. It
 """
 
 _SCRATCH = 64 << 10
-_WINDOW = 4 << 20  # what is read and searched with one call each: 512 KiB were half as fast,
+_WINDOW = 8 << 20  # what is read and searched with one call each: 512 KiB were half as fast,
 # for the GIL has to be had back after each
 _MOST_AREAS = 64
 _LASTING = frozenset(
