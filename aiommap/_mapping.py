@@ -22,7 +22,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -33,7 +32,7 @@ from ._buffers import is_plain
 from ._errors import Range, TruncatedError
 from ._file import File, Filename, naming
 from ._kernel import Kernel, address_of, new_bytes
-from ._options import Advice, MmapOptions, Protection
+from ._options import Advice, Protection
 from ._ranges import page_span, pieces
 
 INLINE = 256 << 10
@@ -56,8 +55,6 @@ disk's queue or for an extent tree, and for how long no look starts one then. It
 """
 
 _SCRATCH = 64 << 10
-_WINDOW = 8 << 20  # what is read and searched with one call each: 512 KiB were half as fast,
-# for the GIL has to be had back after each
 _MOST_AREAS = 64
 _LASTING = frozenset(
     (
@@ -74,21 +71,6 @@ _MISSING = (errno.EFAULT, errno.EIO)
 _NO_POPULATE = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
 _POPULATE_TRIES = 5  # where pages are missing, and in the file right after; out of the air
 _NO_GUARD = (errno.ENOSYS, errno.EPERM)
-
-
-class _ThreadScratch(threading.local):
-    """Memory that a worker reads into again and again: fresh pages would cost more."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray(0)
-
-    def window(self, length: int) -> bytearray:
-        if len(self._memory) < length:
-            self._memory = bytearray(length)
-        return self._memory
-
-
-_thread = _ThreadScratch()
 
 
 def _bad_buffer() -> OSError:
@@ -676,27 +658,6 @@ class Mapping:
                 raise _bad_buffer() from None
             raise
 
-    def search(self, offset: int, length: int, needle: bytes, *, last: bool) -> int:
-        """Where the needle first, or last, occurs inside the range, from the range; or -1."""
-        try:
-            return self._search(offset, length, needle, last, _WINDOW)
-        except OSError:
-            # It may be on this side of what cannot be read: look more closely.
-            return self._search(offset, length, needle, last, _SCRATCH)
-
-    def _search(self, offset: int, length: int, needle: bytes, last: bool, at_once: int) -> int:
-        window = max(at_once, 2 * len(needle))
-        step = window - len(needle) + 1
-        scratch = _thread.window(window)
-        starts = range(0, max(length - len(needle), 0) + 1, step)
-        for start in reversed(starts) if last else starts:
-            count = min(window, length - start)
-            self.read_into(offset + start, memoryview(scratch)[:count])
-            found = self.kernel.search(scratch, count, needle, last=last)
-            if found >= 0:
-                return start + found
-        return -1
-
     def _cached_bytes(self, file: File, offset: int, length: int) -> int:
         page = self.kernel.page_size
         start, size = page_span(self.offset + offset, length, page)
@@ -779,97 +740,3 @@ class Mapping:
         page = self.kernel.page_size
         start = self._address - self._address % page
         return start + first * page, count * page
-
-
-def map_opened(file: File, protection: Protection, offset: int, length: int | None) -> Mapping:
-    """As :func:`map_file`, for a file that was opened for it: closed if that fails."""
-    try:
-        return map_file(file, protection, offset, length)
-    except BaseException:
-        file.close()
-        raise
-
-
-def map_file(
-    file: File, protection: Protection, offset: int = 0, length: int | None = None
-) -> Mapping:
-    """
-    Map a range of a file, from any offset.
-
-    :raises ValueError: the file is empty, or the range is not inside it
-    :raises OSError: what the kernel says, with the path where it is known
-    """
-    file.inspect(writable=protection is Protection.READ_WRITE)
-    size = file.size()
-    if size == 0:
-        raise ValueError(
-            f"cannot map the empty file {file.filename!r}: a map has at least one byte; "
-            f"AsyncMmap.create makes a file of a given length"
-        )
-    if length is None:
-        length = size - offset
-    if offset >= size or length > size - offset:
-        raise ValueError(
-            f"offset {offset} and length {length} are not inside the file of {size} bytes"
-        )
-    return remap(file, protection, offset, length)
-
-
-def remap(file: File, protection: Protection, offset: int, length: int) -> Mapping:
-    """
-    Map a range that was inside the file a moment ago.
-
-    :raises TruncatedError: it is not any more
-    """
-    kernel = file.kernel
-    delta = offset % kernel.map_granularity
-    with naming(file.filename):
-        try:
-            memory = kernel.map_file(file.fd, length + delta, protection, offset - delta)
-        except ValueError:
-            # CPython looks at the size too, and it has been cut since we did.
-            size = min(max(file.size() - offset, 0), length)
-            raise TruncatedError(0, length, size, file.filename) from None
-    return Mapping(kernel, file, memory, protection, offset, length, delta)
-
-
-def map_memory(
-    kernel: Kernel, length: int, protection: Protection, options: MmapOptions
-) -> Mapping:
-    """
-    Memory without a name, zero-filled; shared with forked children unless it is READ_COPY.
-
-    On Linux it is a file in memory, which can be resized and mapped again with another
-    protection.
-
-    :raises OSError: ENOMEM, also when no huge pages are reserved
-    """
-    try:
-        fd = None
-        if protection is not Protection.READ_COPY and not options.stack:
-            fd = kernel.memory_file(length, huge=options.huge)
-        if fd is None:
-            memory = kernel.map_memory(length, protection, stack=options.stack, huge=options.huge)
-            mapping = Mapping(kernel, None, memory, protection, 0, length, 0)
-        else:
-            file = File(kernel, fd, anonymous=True)
-            try:
-                mapping = remap(file, protection, 0, length)
-            except BaseException:
-                file.close()
-                raise
-    except OSError as exc:
-        if options.huge and exc.errno in (errno.ENOMEM, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
-            raise OSError(
-                exc.errno,
-                f"no huge pages for {length} bytes: the length must be a multiple of their "
-                f"size, and the system must have some reserved (/proc/sys/vm/nr_hugepages)",
-            ) from exc
-        raise
-    if options.populate:
-        try:
-            mapping.load(0, length, write=protection.writable)
-        except BaseException:
-            mapping.discard()
-            raise
-    return mapping

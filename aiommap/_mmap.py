@@ -20,7 +20,8 @@ from ._arguments import (
 )
 from ._file import create_file, duplicate_file, open_file, remove_file
 from ._map_access import MapAccess
-from ._mapping import Mapping, map_file, map_memory, map_opened
+from ._map_making import map_file, map_memory, map_opened
+from ._mapping import Mapping
 from ._open_map import MmapStatistics, OpenMap
 from ._opening import Opening
 from ._options import MmapOptions, Protection

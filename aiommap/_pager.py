@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from anyio import CapacityLimiter
 
+from ._byte_search import search
 from ._crew import Crew, Request
 from ._errors import TruncatedError
 from ._event_loop import EventLoop, Parking
@@ -338,7 +339,7 @@ def _read_into(mapping: Mapping, offset: int, buffer: memoryview, ahead: int) ->
 
 def _search(mapping: Mapping, offset: int, length: int, needle: bytes, last: bool) -> int:
     _start_reading(mapping, offset, length)
-    return mapping.search(offset, length, needle, last=last)
+    return search(mapping, offset, length, needle, last=last)
 
 
 def _start_reading(mapping: Mapping, offset: int, length: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 
 from ._file import File
-from ._mapping import Mapping, map_memory, remap
+from ._map_making import map_memory, remap
+from ._mapping import Mapping
 from ._options import MmapOptions, Protection
 
 

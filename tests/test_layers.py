@@ -21,8 +21,8 @@ _frontier
 _region_queue _flush_batch
 _claim_lock _file
 _mapping
-_reshaping _workers
-_crew
+_byte_search _map_making _workers
+_crew _reshaping
 _region_lock _pager _flusher
 _open_map
 _searching _pins _window_stream _view _arguments
@@ -47,7 +47,7 @@ FORBIDDEN = {
         {"anyio", "asyncio", "trio"},
     ),
     "tasks where files and addresses are": (
-        {"_file", "_mapping", "_reshaping"},
+        {"_file", "_mapping", "_map_making", "_byte_search", "_reshaping"},
         {"anyio", "asyncio", "trio", "ctypes"},
     ),
     "anything but values in the rules": (

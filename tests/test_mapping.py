@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from aiommap._byte_search import search
 from aiommap._errors import TruncatedError
 from aiommap._file import open_file
 from aiommap._kernel import Kernel, native
-from aiommap._mapping import INLINE, Mapping, map_file, map_memory, remap
+from aiommap._map_making import map_file, map_memory, remap
+from aiommap._mapping import INLINE, Mapping
 from aiommap._options import MmapOptions, Protection
 from aiommap._reshaping import protected, resized
 
@@ -99,7 +101,7 @@ def test_truncated(tmp_path: Path, kernel: Kernel) -> None:
             partial(mapping.load, 0, 20_000),
             partial(mapping.load, 9_999, 2),
             partial(mapping.check_reach, 0, 10_001),
-            partial(mapping.search, 0, 20_000, b"nowhere", last=True),
+            partial(search, mapping, 0, 20_000, b"nowhere", last=True),
         ]
         if protection.writable:
             calls += [
