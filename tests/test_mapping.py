@@ -210,11 +210,11 @@ def test_search(kernel: Kernel, last: bool, needle: bytes) -> None:
         memory.write(place, memoryview(needle))
         find = bytes.rfind if last else bytes.find
         content = memory.read(0, size)
-        assert memory.search(0, size, needle, last=last) == find(content, needle)
-        assert memory.search(3, size - 5, needle, last=last) == find(content[3 : size - 2], needle)
+        assert search(memory, 0, size, needle, last=last) == find(content, needle)
+        assert search(memory, 3, size - 5, needle, last=last) == find(content[3 : size - 2], needle)
         memory.write(place, memoryview(bytes(len(needle))))
-    assert memory.search(0, size, needle, last=last) == -1
-    assert memory.search(0, len(needle) - 1, needle, last=last) == -1
+    assert search(memory, 0, size, needle, last=last) == -1
+    assert search(memory, 0, len(needle) - 1, needle, last=last) == -1
 
 
 def test_write_of_bytes_of_its_own(kernel: Kernel) -> None:
