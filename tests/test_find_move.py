@@ -12,7 +12,7 @@ from anyio import ClosedResourceError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiommap import AsyncMmap, DeadlockError, TruncatedError
+from aiommap import AsyncMmap, DeadlockError, TruncatedError, _byte_search, _searching
 
 from .content import file_of, inc
 
@@ -20,6 +20,13 @@ pytestmark = pytest.mark.anyio
 
 N = 2_000_000  # several pieces of a search
 NEEDLE = b"the needle"
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 512 KiB in two windows, so that a small file has several."""
+    monkeypatch.setattr(_searching, "SEARCHED", 512 << 10)
+    monkeypatch.setattr(_byte_search, "_WINDOW", 256 << 10)
 
 
 @pytest.fixture

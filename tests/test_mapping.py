@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from aiommap import _byte_search
 from aiommap._byte_search import search
 from aiommap._errors import TruncatedError
 from aiommap._file import open_file
@@ -199,8 +200,9 @@ def test_lifetime(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("needle", [b"x", b"the needle", b"the needle" * 50_000])
-def test_search(kernel: Kernel, last: bool, needle: bytes) -> None:
+def test_search(kernel: Kernel, last: bool, needle: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """search gives the first or last place from the range's start, across its windows."""
+    monkeypatch.setattr(_byte_search, "_WINDOW", 256 << 10)
     size = (1 << 20) + 5
     memory = map_memory(kernel, size, WRITE, MmapOptions())
     places = [0, 3, (256 << 10) - 4, (256 << 10) + 11, size - len(needle)]
