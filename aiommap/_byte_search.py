@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 
 from ._mapping import Mapping
 
@@ -14,20 +14,11 @@ the GIL has to be had back after each.
 
 _CLOSER = 64 << 10
 
-
-class _ThreadScratch(threading.local):
-    """Memory that a worker reads into again and again: fresh pages would cost more."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray(0)
-
-    def window(self, length: int) -> bytearray:
-        if len(self._memory) < length:
-            self._memory = bytearray(length)
-        return self._memory
-
-
-_thread = _ThreadScratch()
+_idle: deque[bytearray] = deque(maxlen=2)
+"""
+Windows that were used, for the next search: fresh pages would cost half of what searching them
+does. As many as the threads that one map's search keeps busy; more are freed.
+"""
 
 
 def search(mapping: Mapping, offset: int, length: int, needle: bytes, *, last: bool) -> int:
@@ -46,14 +37,25 @@ def search(mapping: Mapping, offset: int, length: int, needle: bytes, *, last: b
 def _search(
     mapping: Mapping, offset: int, length: int, needle: bytes, last: bool, at_once: int
 ) -> int:
-    window = max(at_once, 2 * len(needle))
+    if length < len(needle):
+        return -1
+    window = min(max(at_once, 2 * len(needle)), length)
     step = window - len(needle) + 1
-    scratch = _thread.window(window)
-    starts = range(0, max(length - len(needle), 0) + 1, step)
-    for start in reversed(starts) if last else starts:
-        count = min(window, length - start)
-        mapping.read_into(offset + start, memoryview(scratch)[:count])
-        found = mapping.kernel.search(scratch, count, needle, last=last)
-        if found >= 0:
-            return start + found
-    return -1
+    try:
+        scratch = _idle.pop()
+    except IndexError:
+        scratch = bytearray()
+    if len(scratch) < window:
+        scratch = bytearray(window)
+    try:
+        starts = range(0, length - len(needle) + 1, step)
+        for start in reversed(starts) if last else starts:
+            count = min(window, length - start)
+            mapping.read_into(offset + start, memoryview(scratch)[:count])
+            found = mapping.kernel.search(scratch, count, needle, last=last)
+            if found >= 0:
+                return start + found
+        return -1
+    finally:
+        if len(scratch) <= _WINDOW:
+            _idle.append(scratch)
