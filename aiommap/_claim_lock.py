@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from anyio import WouldBlock
@@ -46,7 +46,7 @@ class RegionLockStatistics:
     held_shared: int
     held_exclusive: int
     waiting: int
-    longest_queue: int
+    longest_queue: int = field(default=0, compare=False)
 
 
 _QUEUE = frozenset(

@@ -18,6 +18,7 @@ cancellation in the same tick can still end in the exception (asyncio) or in the
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 import types
 from collections.abc import Awaitable, Callable, Generator
@@ -54,6 +55,9 @@ class EventLoop(Protocol):
 
     def current_task(self) -> object:
         """The running task; None in a callback. :raises RuntimeError: where no loop runs"""
+
+    def has_ended(self, task: Any) -> bool:
+        """Whether a task of this loop has finished."""
 
     def parking(self) -> Parking:
         """A new wait for the current task."""
@@ -104,6 +108,10 @@ class AsyncioLoop:
 
     def is_running_here(self) -> bool:
         return asyncio._get_running_loop() is self._loop
+
+    def has_ended(self, task: Any) -> bool:
+        ended: bool = task.done()
+        return ended
 
     def parking(self) -> Parking:
         return _AsyncioParking(self._loop)
@@ -172,6 +180,9 @@ class TrioLoop:
             return self._current_token() is self._token
         except RuntimeError:  # no trio in this thread
             return False
+
+    def has_ended(self, task: Any) -> bool:
+        return inspect.getcoroutinestate(task.coro) == inspect.CORO_CLOSED
 
     def parking(self) -> Parking:
         return _TrioParking(self.current_task())

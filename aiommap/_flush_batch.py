@@ -130,7 +130,7 @@ class FlushLog:
         """
         The kernel says that the flush succeeded. O(open tickets x log ranges).
 
-        :param covered: the ranges it was for, None for the whole file
+        :param covered: the ranges it was for, None for the whole map
         :return: None, or the failure that came in between and makes it mean nothing
         """
         if self._last_number >= number:

@@ -446,7 +446,7 @@ class Flusher:
     def _sync(
         self, requests: list[_Flush], ranges: list[Range], size: int, in_bulk: bool
     ) -> list[Range] | None:
-        """Flush; what it covered, None for the whole file."""
+        """Flush; what it covered, None for the whole map."""
         mapping = requests[0].mapping()
         if mapping is not None and all(each.mapping() is mapping for each in requests):
             few = len(ranges) == 1 and ranges[0][1] < size - ranges[0][1]
@@ -456,7 +456,9 @@ class Flusher:
                 return ranges
         file = requests[0].file
         file.kernel.sync_data(file.fd)
-        return None
+        # Bytes that were truncated away are not durable, whatever the kernel says.
+        _, reach, limit = self._reach(file)
+        return None if reach == limit else [(0, reach)]
 
 
 class PendingFlush:

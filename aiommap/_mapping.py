@@ -666,6 +666,8 @@ class Mapping:
 
     def resident_bytes(self, offset: int, length: int) -> int:
         """How many bytes of the range are in memory now."""
+        # mincore tells of whole pages, and of those behind the end of the file too.
+        length = min(length, max(self.reach() - offset, 0))
         if length == 0:
             return 0
         address, span = self._pages(offset, length)

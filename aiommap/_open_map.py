@@ -156,7 +156,9 @@ class OpenMap:
             self.check_loop()  # raises
 
     def check_writable(self) -> None:
-        """:raises PermissionError: stores are not allowed"""
+        """:raises ClosedResourceError, PermissionError: stores are not allowed"""
+        if self.closed:
+            self.check()  # raises
         protection = self.mapping.protection
         if not protection.writable:
             raise PermissionError(
@@ -171,7 +173,7 @@ class OpenMap:
         :raises ValueError: the range is not inside any more
         """
         mapping = self.mapping
-        if length > mapping.length - offset:
+        if length > mapping.length - offset and length:
             raise ValueError(
                 f"offset {offset} and length {length} are not inside the map any more: it was "
                 f"resized to {mapping.length} bytes"

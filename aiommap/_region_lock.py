@@ -144,7 +144,10 @@ class RegionLease:
         return claim
 
     def __del__(self) -> None:
-        claim = self._claim
+        try:
+            claim = self._claim
+        except AttributeError:  # __init__ did not get that far
+            return
         if claim is not None:
             self._claim = None
             self._lock.abandon(claim)

@@ -14,6 +14,7 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 
+import anyio
 from anyio import BusyResourceError, ClosedResourceError
 
 from . import _buffers
@@ -37,13 +38,16 @@ class _View:
         "__weakref__",
         "_buffer",
         "_claim",
+        "_copies",
         "_core",
         "_cursor",
+        "_leaving",
         "_length",
         "_offset",
         "_owner",
         "_read_only",
         "_strays",
+        "_taker",
         "_writable",
     )
 
@@ -54,9 +58,13 @@ class _View:
         self._claim: Claim | None = claim
         self._offset = offset
         self._length = length
-        self._owner = owner
+        self._owner = self._taker = owner
         self._writable = writable
         self._cursor = 0
+        # Copies under way, and the claim that the last of them gives back, should the view be
+        # closed meanwhile: they are in the region until then.
+        self._copies = 0
+        self._leaving: Claim | None = None
         # Nobody closes or resizes under the claim.
         self._buffer = core._mapping.buffer(offset, length, writable)  # type: ignore[union-attr]
         self._read_only: memoryview | None = None  # what as_slice() gave of a writable view
@@ -264,10 +272,21 @@ class _View:
         self._use_in_loop()
         count = self._next_bytes(size)
         start = self._cursor
-        await self._core.loop.checkpoint()
-        data = await self._core.read(self._offset + start, count)
+        self._copies += 1
+        try:
+            await self._core.loop.checkpoint()
+            data = await self._core.read(self._offset + start, count)
+        finally:
+            self._copy_ends()
         self._cursor = start + count
         return data
+
+    def _copy_ends(self) -> None:
+        self._copies -= 1
+        claim = self._leaving
+        if claim is not None and self._copies == 0:
+            self._leaving = None
+            self._leave_soon(claim)
 
     def _next_bytes(self, size: SupportsIndex | None) -> int:
         rest = self._length - self._cursor
@@ -287,10 +306,12 @@ class _View:
         target = _buffers.writable(buffer)
         count = self._next_bytes(len(target))
         start = self._cursor
-        await self._core.loop.checkpoint()
+        self._copies += 1
         try:
+            await self._core.loop.checkpoint()
             await self._core.read_into(self._offset + start, target[:count])
         finally:
+            self._copy_ends()
             del target  # who keeps an error, and this frame with it, may still resize the buffer
         self._cursor = start + count
         return count
@@ -308,16 +329,20 @@ class _View:
         parts: list[bytes] = []
         count = 0
         step = _LINE
-        await self._core.loop.checkpoint()
-        while count < most:
-            part = await self._core.read(self._offset + start + count, min(step, most - count))
-            end = part.find(b"\n") + 1
-            part = part[:end] if end else part
-            parts.append(part)
-            count += len(part)
-            if end:
-                break
-            step *= 2
+        self._copies += 1
+        try:
+            await self._core.loop.checkpoint()
+            while count < most:
+                part = await self._core.read(self._offset + start + count, min(step, most - count))
+                end = part.find(b"\n") + 1
+                part = part[:end] if end else part
+                parts.append(part)
+                count += len(part)
+                if end:
+                    break
+                step *= 2
+        finally:
+            self._copy_ends()
         self._cursor = start + count
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -349,11 +374,13 @@ class _View:
             raise ValueError(
                 f"{len(source)} bytes do not fit at {start} in a view of {self._length} bytes"
             )
-        await self._core.loop.checkpoint()
         count = len(source)
+        self._copies += 1
         try:
+            await self._core.loop.checkpoint()
             await self._core.write(self._offset + start, source)
         finally:
+            self._copy_ends()
             del source  # as in readinto()
         self._cursor = start + count
         return count
@@ -455,16 +482,27 @@ class _View:
         clean = self._release_buffer()
         if not clean and self._writable:
             self._core.raw_stores()  # through what is still alive
-        self._core.leave(claim)
+        if self._copies:
+            self._leaving = claim
+        else:
+            self._leave(claim)
         return clean
+
+    def _leave(self, claim: Claim) -> None:
+        self._core.leave(claim)
+
+    def _leave_soon(self, claim: Claim) -> None:
+        """As :meth:`_leave`, from any thread and at any moment."""
+        self._core.forget(claim)
 
     async def aclose(self) -> None:
         """
         Give the region back. Safe to call again, and from any task of the event loop.
 
-        The region is free before anything is waited for. Not a checkpoint, unless this is the
-        last view of a map that is closed or was consumed by ``into_view()``: then it flushes
-        what was written, and unmaps.
+        The region is free before anything is waited for, unless another task is in the middle
+        of a copy of the view's: then it is free when that has ended. Not a checkpoint, unless
+        this is the last view of a map that is closed or was consumed by ``into_view()``: then it
+        flushes what was written, and unmaps.
 
         :raises BufferError: slices or arrays over the buffer are alive (the region is free all
             the same, and they stay valid memory without a lock)
@@ -519,7 +557,10 @@ class _View:
         claim, self._claim = self._claim, None
         if claim is not None:
             self._release_buffer()
-            self._core.forget(claim)
+            if self._copies:
+                self._leaving = claim
+            else:
+                self._leave_soon(claim)
 
     def __del__(self) -> None:
         try:
@@ -566,13 +607,20 @@ class MmapView(_View):
             task = None
         if task is not self._owner or task is None:
             core.check_loop()
-            if self._owner is not None or task is None:
+            if task is None or not (self._owner is None or self._was_taken_for_another()):
                 raise BusyResourceError("using")
             self._owner = task
             core.lock.adopt(claim)
         return claim
 
     _use_in_loop = _use
+
+    def _was_taken_for_another(self) -> bool:
+        """
+        Whether the task that took it was one around that await only, and has ended:
+        ``asyncio.gather()``, ``asyncio.wait_for()`` before Python 3.12.
+        """
+        return self._owner is self._taker and self._core.loop.has_ended(self._owner)
 
     def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
         return MmapView(self._core, claim, offset, length, None, self._writable)
@@ -607,6 +655,8 @@ class ViewOpening:
         core, self._core = self._core, None
         if core is None:
             raise RuntimeError("already awaited or entered: call again for another one")
+        if not core.loop.is_running_here():
+            core.check_loop()  # raises
         lock = core.lock
         offset = self._offset
         length = self._length
@@ -660,16 +710,18 @@ class MmapViewSync(_View):
 
     Comes from :meth:`AsyncMmap.into_view_sync <aiommap.AsyncMmap.into_view_sync>`. Its buffer,
     items and slices are free to use in any thread; whatever is awaited belongs to the map's
-    event loop, and a thread calls it with :func:`anyio.from_thread.run`. Who touches which
-    bytes is up to its users: :meth:`split_at` gives each its own part.
+    event loop, and a thread calls it with :func:`anyio.from_thread.run`. Calls that move the
+    cursor take turns. Who touches which bytes is up to its users: :meth:`split_at` gives each
+    its own part.
     """
 
-    __slots__ = ("_handles",)
+    __slots__ = ("_handles", "_turn")
 
     def __init__(
         self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
     ) -> None:
         self._handles = [1]  # how many handles the claim has, shared by them
+        self._turn = anyio.Lock()
         super().__init__(core, claim, offset, length, None, writable)
 
     def _use(self) -> Claim:
@@ -693,6 +745,8 @@ class MmapViewSync(_View):
                 f"cannot {what} while {self._handles[0] - 1} clones of it are open: close them "
                 f"first"
             )
+        if self._copies:
+            raise BufferError(f"cannot {what} while another task reads or writes through it")
 
     def clone(self) -> MmapViewSync:
         """
@@ -718,18 +772,42 @@ class MmapViewSync(_View):
         self._check_alone("downgrade the view")
         super().downgrade()
 
-    def _give_back(self) -> bool:
-        if self._claim is None:
-            return True
+    def _leave(self, claim: Claim) -> None:
         if self._handles[0] == 1:
-            return super()._give_back()
-        self._handles[0] -= 1
-        self._claim = None
-        self._core.views -= 1
-        return self._release_buffer()
-
-    def _forget(self) -> None:
-        if self._handles[0] > 1 and self._claim is not None:
-            self._give_back()  # the others keep the region
+            super()._leave(claim)
         else:
-            super()._forget()
+            self._handles[0] -= 1
+            self._core.views -= 1  # the others keep the region
+
+    def _leave_soon(self, claim: Claim) -> None:
+        if self._handles[0] == 1:
+            super()._leave_soon(claim)
+        else:
+            self._leave(claim)
+
+    # One call at a time moves the cursor: each sees it where the one before has left it.
+
+    async def seek(self, offset: SupportsIndex, whence: int = os.SEEK_SET) -> int:
+        self._use_in_loop()
+        async with self._turn:
+            return await super().seek(offset, whence)
+
+    async def read(self, size: SupportsIndex | None = -1) -> bytes:
+        self._use_in_loop()
+        async with self._turn:
+            return await super().read(size)
+
+    async def readinto(self, buffer: Buffer) -> int:
+        self._use_in_loop()
+        async with self._turn:
+            return await super().readinto(buffer)
+
+    async def readline(self, size: SupportsIndex | None = -1) -> bytes:
+        self._use_in_loop()
+        async with self._turn:
+            return await super().readline(size)
+
+    async def write(self, data: Buffer) -> int:
+        self._use_in_loop()
+        async with self._turn:
+            return await super().write(data)

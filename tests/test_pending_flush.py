@@ -416,3 +416,19 @@ def test_another_event_loop(path: Path) -> None:
     pending = anyio.run(start)
     with pytest.raises(RuntimeError, match="another event loop"):
         anyio.run(pending.wait)
+
+
+async def test_not_done_by_a_flush_after_a_truncation(tmp_path: Path) -> None:
+    """Bytes that somebody has cut off are not durable, however many flushes succeed."""
+    path = file_of(tmp_path, MIB)
+    async with AsyncMmap.open_path(path, "r+") as m:
+        await m.write_at(MIB - 1, b"x")
+        pending = await m.flush_async()
+        os.truncate(path, MIB // 2)
+        with pytest.raises(TruncatedError):
+            await pending
+        await m.flush_range(0, MIB // 2)
+        assert not pending.done
+        with pytest.raises(TruncatedError):
+            await pending
+        os.truncate(path, MIB)

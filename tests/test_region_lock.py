@@ -980,3 +980,16 @@ async def test_abandoned_claim_is_released_soon() -> None:
     await anyio.lowlevel.checkpoint()
     assert lock.statistics().held_exclusive == 1
     lock.release(other)
+
+
+async def test_statistics_are_compared_by_what_is_held_and_waits() -> None:
+    """The longest queue that ever was does not make two states differ."""
+    assert RegionLock().statistics() == RegionLockStatistics(0, 0, 0)
+
+
+def test_a_lease_that_nobody_gave_out(recwarn: pytest.WarningsRecorder) -> None:
+    """Its finalizer has nothing to do, and says nothing."""
+    with pytest.raises(TypeError):
+        RegionLease()  # type: ignore[call-arg]
+    RegionLease.__new__(RegionLease).__del__()
+    assert not recwarn

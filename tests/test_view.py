@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import gc
 import sys
 import warnings
@@ -16,7 +18,10 @@ from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, DeadlockError, MmapView, Protection
 
+from .cancelling import on_asyncio
 from .content import file_of, inc, maps_of, only_linux
+from .fake_kernel import FakeKernel
+from .flushing import entered, mapped_by
 
 pytestmark = pytest.mark.anyio
 
@@ -1027,3 +1032,73 @@ async def test_a_cancelled_into_view_consumes_nothing(m: AsyncMmap) -> None:
         assert not m.closed
         assert await m.read_at(0, 3) == inc(3)
     assert await free(m)
+
+
+@pytest.mark.parametrize("call", ["write", "read"])
+async def test_closed_by_another_task_in_the_middle_of_a_copy(tmp_path: Path, call: str) -> None:
+    """The region is free when the copy has ended, not before: nobody else's bytes change."""
+    kernel = FakeKernel()
+    name = {"write": "populate_write", "read": "read"}[call]
+    async with mapped_by(kernel).open_path(file_of(tmp_path, inc(N)), "r+") as m:
+        kernel.fail("read_nowait", errno.EAGAIN)
+        taken: list[MmapView] = []
+
+        async def own() -> None:
+            v = await m.view_mut(load=False)
+            taken.append(v)
+            assert (await v.write(b"x" * N) if call == "write" else len(await v.read())) == N
+
+        with kernel.hold(name, times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(own)
+                await entered(hold)
+                await taken[0].aclose()
+                assert taken[0].closed
+                with pytest.raises(WouldBlock):
+                    m.view_mut_nowait()
+                hold.release.set()
+        async with m.view_mut() as w:
+            assert bytes(w) == (b"x" * N if call == "write" else inc(N))
+
+
+@on_asyncio
+@pytest.mark.parametrize("way", ["wait_for", "gather"])
+async def test_taken_by_a_task_around_the_await(m: AsyncMmap, way: str) -> None:
+    """asyncio wraps what it waits for in a task, and that has ended when the view arrives."""
+    if way == "wait_for":
+        v = await asyncio.wait_for(m.view_mut(0, 10), 10)
+    else:
+        (v,) = await asyncio.gather(m.view_mut(0, 10))
+    async with v:
+        v[0] = 1
+        with pytest.raises(DeadlockError, match="holds"):
+            await m.read_at(0, 1)
+        assert isinstance(await catch(lambda: v[0]), BusyResourceError)
+
+
+async def test_an_empty_view_outlives_a_shrink(tmp_path: Path) -> None:
+    """It holds no byte that could be cut off."""
+    async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+") as m, m.view(N, 0) as v:
+        await m.resize(N // 2)
+        assert await v.read() == b""
+        assert bytes(v) == b""
+
+
+async def test_a_closed_read_only_map_is_closed_first_of_all(tmp_path: Path) -> None:
+    """ClosedResourceError, and no advice to change the protection."""
+    m = await AsyncMmap.open_path(file_of(tmp_path, inc(N)))
+    async with m.view():
+        await m.aclose()
+        for call in (m.view_mut, m.view_mut_nowait):
+            with pytest.raises(ClosedResourceError):
+                call()
+
+
+async def test_another_event_loop_is_told_of_the_map(m: AsyncMmap) -> None:
+    """Not of a region lock that its user never saw."""
+
+    async def take() -> None:
+        await m.view(0, 1)
+
+    with pytest.raises(RuntimeError, match="this map belongs"):
+        await to_thread.run_sync(anyio.run, take)

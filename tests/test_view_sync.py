@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -15,6 +17,8 @@ from anyio.lowlevel import checkpoint
 from aiommap import AsyncMmap, MmapViewSync
 
 from .content import file_of, inc, maps_of, only_linux, zeros
+from .fake_kernel import FakeKernel
+from .flushing import entered, mapped_by
 
 pytestmark = pytest.mark.anyio
 
@@ -305,3 +309,46 @@ async def test_anonymous_memory(tmp_path: Path) -> None:
         assert bytes(v) == zeros(100)
         await v.flush()
         assert (await v.flush_async()).done
+
+
+async def test_calls_that_move_the_cursor_take_turns(v: MmapViewSync) -> None:
+    """No write of several tasks is lost, and no byte is read twice."""
+    async with anyio.create_task_group() as tasks:
+        for number in range(5):
+            tasks.start_soon(v.write, bytes([number]) * 4)
+    assert await v.tell() == 20
+    assert sorted(v[:20:4]) == [0, 1, 2, 3, 4]
+    await v.seek(0)
+    got: list[bytes] = []
+
+    async def read() -> None:
+        got.append(await v.read(4))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(read)
+    assert sorted(got) == [bytes([number]) * 4 for number in range(5)]
+    await v.seek(0)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(v.seek, 10, 1)
+    assert await v.tell() == 50
+
+
+async def test_no_new_shape_in_the_middle_of_a_copy(tmp_path: Path) -> None:
+    """split_at, restrict and downgrade: BufferError while another task reads through it."""
+    kernel = FakeKernel()
+    m = await mapped_by(kernel).open_path(file_of(tmp_path, inc(N)), "r+")
+    async with m.into_view_sync() as v:
+        kernel.fail("read_nowait", errno.EAGAIN)
+        with kernel.hold("read", times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(v.read, 500)
+                await entered(hold)
+                for call in (partial(v.restrict, 0, 10), partial(v.split_at, 5), v.downgrade):
+                    with pytest.raises(BufferError, match="another task"):
+                        call()
+                hold.release.set()
+        assert await v.tell() == 500
+        v.restrict(0, 10)
+        assert await v.read() == b""
