@@ -159,14 +159,6 @@ class ClaimLock:
             self.queue.add((claim,))
         return claim
 
-    def acquire_ranges_nowait(self, ranges: Iterable[tuple[int, int, bool]]) -> Claim:
-        """Hold several ranges at once: :meth:`acquire_ranges` as :meth:`acquire_nowait`."""
-        claims = claims_for(ranges, self.check_entry())
-        if not self.queue.would_grant(claims):
-            raise WouldBlock
-        self.queue.add(claims)
-        return claims[0]
-
     def check_free(self, start: int, stop: int, exclusive: bool) -> bool:
         """
         Whether a request of the current task would be granted at once. Makes no claim.

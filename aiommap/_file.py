@@ -158,7 +158,10 @@ _NO_ACCESS_TIME: int = getattr(os, "O_NOATIME", 0)
 
 # Without O_NONBLOCK the open of a FIFO waits for its other end, for ever.
 _SAFE_FLAGS = (
-    getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_BINARY", 0)
 )
 
 _ATTEMPTS = 10

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, ClosedResourceError
 
 from . import _buffers, _workers
+from ._claim_lock import ClaimLock
 from ._event_loop import EventLoop, current_event_loop
 from ._file import File
 from ._flusher import Flusher, PendingFlush, nothing_pending
 from ._kernel import Kernel
 from ._mapping import INLINE, Mapping
 from ._pager import Pager
-from ._region_lock import ClaimLock
 from ._wait_graph import HELD, Claim
 
 T = TypeVar("T")

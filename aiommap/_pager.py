@@ -98,6 +98,7 @@ class Load(Access[None]):
     __slots__ = ()
 
     def __init__(self, mapping: Mapping, offset: int, length: int) -> None:
+        # As the classes above do it, without their calls: it is on the path of every cold view.
         self.together: bool = length <= SMALLEST_PIECE
         self.done: bool = False
         self.error: BaseException | None = None

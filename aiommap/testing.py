@@ -191,6 +191,14 @@ class _Kernel:
         state = self._kernel.resident(address, length)
         return bytes(len(state)) if self._disk._is_bad("read") else state
 
+    # Of many at a time, with an answer of its own
+
+    def populate_read_many(self, spans: Sequence[tuple[int, int]]) -> bool:
+        if self._disk._is_bad("read"):
+            return False  # one by one, then, and each asks
+        self._disk._ask("read")
+        return self._kernel.populate_read_many(spans)
+
 
 def _checked(operation: Operation) -> Operation:
     if operation not in _CALLS.values():

@@ -129,6 +129,13 @@ class Log:
         await self._m.flush_range(0, end)
         return place
 
+    async def flush(self) -> None:
+        """Store what puts that were cancelled have left, and make all of it durable."""
+        async with self._turn:
+            if self._tail:
+                await self._store()
+        await self._m.flush()
+
     async def _store(self) -> None:
         tail, self._tail = self._tail, bytearray()
         try:
@@ -215,6 +222,7 @@ class Store:
         self._log = log
         self._index = index
         self._entering = anyio.Lock()
+        self._unfinished = 0  # puts that are in the log and not in the index
         self._swap = RegionLock()  # readers of the index, and who makes a larger one
 
     @classmethod
@@ -236,9 +244,10 @@ class Store:
                 yield store
             finally:
                 with anyio.CancelScope(shield=True):
-                    await log_map.flush()
+                    await store._log.flush()
                     await store._index.m.flush()  # all of it, before it says that it is whole
-                    await store._mark(Index.MAGIC)
+                    if store._unfinished == 0:  # else the next one makes it from the log
+                        await store._mark(Index.MAGIC)
                     await store._index.m.aclose()
 
     async def get(self, key: bytes) -> bytes | None:
@@ -252,6 +261,7 @@ class Store:
         """Set the value of a key, or with None remove it. On the disk when it returns."""
         if not key:
             raise ValueError("a key has at least one byte")
+        self._unfinished += 1  # and so it stays if the put is cancelled: the index lacks it
         place = await self._log.append(Record(key, value))
         async with self._entering:
             if self._index.used * 4 >= self._index.slots * 3:
@@ -259,6 +269,7 @@ class Store:
                 await self._make_index(self._log.again(), 2 * self._index.slots)
             async with self._swap.shared(0, 1):
                 await self._index.enter(key, place, self._log)
+        self._unfinished -= 1
 
     async def items(self) -> AsyncIterator[tuple[bytes, bytes]]:
         """All keys that have a value, in the order of their last change."""
@@ -268,7 +279,8 @@ class Store:
             if found is None:
                 return
             record, _, end = found
-            _, last = await self._index.find(record.key, self._log)
+            async with self._swap.shared(0, 1):
+                _, last = await self._index.find(record.key, self._log)
             if last == place and record.value is not None:
                 yield record.key, record.value
             place = end

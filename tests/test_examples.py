@@ -173,6 +173,25 @@ async def test_store_forgets_torn_tail_for_good(anyio_backend: Any, tmp_path: Pa
     assert await contents(kv, folder) == {b"first": b"value", b"newer": b"value"}
 
 
+@pytest.mark.anyio
+async def test_store_after_a_put_that_was_cancelled(anyio_backend: Any, tmp_path: Path) -> None:
+    """It may be there or not; what others put afterwards is there for good."""
+    kv = load("kv_store")
+    folder = tmp_path / "store"
+    async with kv.Store.open(folder) as store:
+        await store.put(b"before", b"value")
+        async with store._log._turn, anyio.create_task_group() as tasks:
+            tasks.start_soon(store.put, b"cancelled", b"value")
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+    async with kv.Store.open(folder) as store:
+        await store.put(b"after", b"value")
+    (folder / "index").unlink()
+    found = await contents(kv, folder)
+    assert found.pop(b"cancelled", b"value") == b"value"
+    assert found == {b"before": b"value", b"after": b"value"}
+
+
 @pytest.mark.fuse
 @pytest.mark.loopdev
 @BACKENDS

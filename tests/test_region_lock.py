@@ -880,15 +880,13 @@ async def test_ranges_are_granted_together() -> None:
         tg.start_soon(move)
         await until(lambda: lock.statistics().waiting == 1)
         assert not lock.check_free(3, 4, True)
-        with pytest.raises(WouldBlock):
-            lock.acquire_ranges_nowait([(100, 101, True), (3, 4, False)])
         lock.release(first)
         for _ in range(3):
             await anyio.lowlevel.checkpoint()
         assert granted == []
         lock.release(second)
     assert len(granted) == 1
-    both = lock.acquire_ranges_nowait([(0, 1, True), (5, 6, False)])
+    both = await lock.acquire_ranges([(0, 1, True), (5, 6, False)])
     assert lock.statistics() == RegionLockStatistics(1, 1, 0, 1)
     lock.release(both)
     assert not lock.queue._claims()

@@ -142,6 +142,25 @@ async def test_only_maps_of_the_block(anyio_backend: Any, file: Path) -> None:
             assert await after.read_at(0, 1) == b"\0"
 
 
+async def test_bad_disk_and_many_readers(anyio_backend: Any, disk: FaultyDisk, file: Path) -> None:
+    """Page-ins that are asked for together fail as those that are asked for alone."""
+    failed: list[int] = []
+
+    async def look(offset: int) -> None:
+        try:
+            async with m.view(offset, 1):
+                raise AssertionError("the disk is bad")
+        except OSError as exc:
+            failed.append(exc.errno or 0)
+
+    async with AsyncMmap.open_path(file) as m:
+        disk.fail("read")
+        async with anyio.create_task_group() as tasks:
+            for offset in range(8):
+                tasks.start_soon(look, offset)
+    assert failed == [errno.EIO] * 8
+
+
 async def test_unknown_operation(anyio_backend: Any, disk: FaultyDisk) -> None:
     """An operation that does not exist is refused at once."""
     with pytest.raises(ValueError, match="not 'write'"):
