@@ -192,9 +192,11 @@ class MapAccess:
                 checksum = zlib.crc32(window, checksum)
 
         Each window's region is held shared, and its pages are in memory, when it is handed
-        out; it is released at the next step. At most 32 MiB are read ahead.
+        out; it is released at the next step. At most 32 MiB are read ahead. Each step is a
+        checkpoint, and raises what ``view()`` does.
 
         :param size: bytes of a window, at least 1; the last one may be shorter
+        :raises ValueError: the range is not inside the map
         """
         core = self._core
         core.check()
@@ -248,8 +250,8 @@ class MapAccess:
         """
         Acknowledge a failed flush, so that flushes are tried again. A checkpoint.
 
-        What was to be flushed then may be lost, and no later flush can tell: store it again
-        first. A :class:`PendingFlush` from before stays failed.
+        What was to be flushed then may be lost, and no later flush can tell: store it again,
+        and then flush. A :class:`PendingFlush` from before stays failed.
         """
         self._core.check()
         self._core.flusher.clear()
@@ -302,7 +304,8 @@ class MapAccess:
 
         The range is widened to whole pages; hints that last (NORMAL, RANDOM, SEQUENTIAL,
         those about huge and merged pages) to 64ths of the map, so that the kernel never has
-        to keep it in hundreds of areas. No advice changes bytes.
+        to keep it in hundreds of areas. No advice changes bytes. ``resize()`` and
+        ``set_protection()`` map anew, without it.
 
         :raises OSError: ENOTSUP where the platform does not know it; EINVAL where it does not
             fit this memory
@@ -320,7 +323,8 @@ class MapAccess:
         """
         Keep a range in memory until it is unpinned as often as it was pinned. A checkpoint.
 
-        The range is widened to whole pages, which are brought in. Closing and resizing unpin.
+        The range is widened to whole pages, which are brought in. Closing unpins, and so do
+        ``resize()`` and ``set_protection()``, which map anew.
 
         :raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK, with the limit
         """

@@ -382,6 +382,7 @@ class AsyncMmap(MapAccess):
         :param length: bytes; None for the rest of the map
         :param load: bring the region's pages in first, off the loop. False for regions too
             large for that: touching a page that is not there stops the event loop
+        :raises ValueError: the region is not inside the map
         :raises DeadlockError: the task holds the region exclusively, or tasks wait in a circle
         :raises TruncatedError: the file does not reach the region (with ``load``)
         :raises OSError: what the disk says (with ``load``)
@@ -409,8 +410,10 @@ class AsyncMmap(MapAccess):
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None
     ) -> MmapView:
         """
-        As :meth:`view`, at once and without loading pages.
+        As :meth:`view`, at once and without loading pages. Not a checkpoint.
 
+        :raises ValueError: the region is not inside the map
+        :raises ClosedResourceError: the map is closed
         :raises WouldBlock: the region is not free
         :raises DeadlockError: the task holds it in a conflicting way
         """
@@ -419,7 +422,11 @@ class AsyncMmap(MapAccess):
     def view_mut_nowait(
         self, offset: SupportsIndex = 0, length: SupportsIndex | None = None
     ) -> MmapView:
-        """As :meth:`view_mut`, at once and without loading pages. See :meth:`view_nowait`."""
+        """
+        As :meth:`view_mut`, at once and without loading pages. See :meth:`view_nowait`.
+
+        :raises PermissionError: the map is not writable
+        """
         self._core.check_writable()
         return self._view_nowait(offset, length, True)
 
@@ -458,8 +465,8 @@ class AsyncMmap(MapAccess):
         Give the map, and the file with it, another length. A checkpoint.
 
         Waits until no region is held. Growing reserves blocks; the new size is durable with
-        the next flush. Addresses change. After an error or a cancellation the map is the old
-        or the new one, whole.
+        the next flush. Addresses change, pins and advice end. After an error or a cancellation
+        the map is the old or the new one, whole.
 
         :param length: bytes, at least 1
         :raises DeadlockError: the task has a view of the map
@@ -498,7 +505,7 @@ class AsyncMmap(MapAccess):
         Map the same bytes with another protection. A checkpoint.
 
         Waits until no region is held. READ, READ_WRITE and READ_EXECUTE change into each
-        other as far as the descriptor's rights go. Addresses change.
+        other as far as the descriptor's rights go. Addresses change, pins and advice end.
 
         :raises DeadlockError: the task has a view of the map
         :raises BufferError: raw buffers are out; nothing has changed
@@ -543,7 +550,7 @@ class AsyncMmap(MapAccess):
 
     async def aclose(self, *, flush: bool = True) -> None:
         """
-        Close the map. Safe to call again.
+        Close the map. Safe to call again; while the first call flushes, a second one returns.
 
         New requests, and those that wait for a region, get
         :exc:`~anyio.ClosedResourceError`. Views that are out stay usable; memory and

@@ -208,23 +208,25 @@ class _View:
     # Flushes
 
     async def flush(self) -> None:
-        """Make the region durable, see :meth:`~aiommap.AsyncMmap.flush_range`."""
+        """Make the region durable, see :meth:`~aiommap.AsyncMmap.flush_range`. A checkpoint."""
         self._use_in_loop()
         await self._core.flush(self._offset, self._length)
 
     async def flush_range(self, offset: SupportsIndex, length: SupportsIndex) -> None:
-        """Make a part of the region durable; the offset is relative to the view."""
+        """Make a part durable; the offset is relative to the view. A checkpoint."""
         self._use_in_loop()
         offset, length = check_range(offset, length, self._length, "view")
         await self._core.flush(self._offset + offset, length)
 
     async def flush_async(self) -> PendingFlush:
-        """Start the write-back, see :meth:`~aiommap.AsyncMmap.flush_async_range`."""
+        """
+        Start the write-back, see :meth:`~aiommap.AsyncMmap.flush_async_range`. A checkpoint.
+        """
         self._use_in_loop()
         return await self._core.flush_async(self._offset, self._length)
 
     async def flush_async_range(self, offset: SupportsIndex, length: SupportsIndex) -> PendingFlush:
-        """Start the write-back of a part; the offset is relative to the view."""
+        """Start the write-back of a part; the offset is relative to the view. A checkpoint."""
         self._use_in_loop()
         offset, length = check_range(offset, length, self._length, "view")
         return await self._core.flush_async(self._offset + offset, length)

@@ -65,7 +65,8 @@ class Windows:
         """
         The next window. A checkpoint.
 
-        :raises BufferError: arrays over the last window are alive
+        :raises BufferError: the last window is exported, as far as it can tell: slices of it,
+            and arrays of numpy's, are not seen, and stay valid memory without a lock
         :raises TruncatedError: the file does not reach it any more
         :raises OSError: what the disk says
         """
