@@ -88,6 +88,7 @@ class ClaimLock:
     It belongs to the first event loop that uses it. Every method is for that loop's thread,
     but for :meth:`abandon`. Arguments are ints, ``start <= stop``, unchecked.
 
+    :param known_as: what its users know it by, for errors
     :ivar queue: the rules and the state
     :ivar fast_acquire: whether free ranges are granted without a yield
     """
@@ -98,13 +99,15 @@ class ClaimLock:
         "_current_task",
         "_grants_left",
         "_is_running_here",
+        "_known_as",
         "_loop",
         "checkpoint",
         "fast_acquire",
         "queue",
     )
 
-    def __init__(self, *, fast_acquire: bool = False) -> None:
+    def __init__(self, *, fast_acquire: bool = False, known_as: str = "region lock") -> None:
+        self._known_as = known_as
         self.queue: RegionQueue = RegionQueue(_graph)
         self.fast_acquire: bool = fast_acquire
         self._loop: EventLoop | None = None
@@ -348,6 +351,6 @@ class ClaimLock:
 
     def refuse_stranger(self) -> NoReturn:
         raise RuntimeError(
-            "this region lock belongs to the event loop that used it first: use it from there, "
-            "or from a thread through anyio.from_thread"
+            f"this {self._known_as} belongs to the event loop that used it first: use it from "
+            f"there, or from a thread through anyio.from_thread"
         )

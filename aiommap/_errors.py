@@ -64,8 +64,8 @@ class FlushError(OSError):
         self.ranges: Sequence[Range] = tuple(ranges)
         message = (
             f"flush failed: {os.strerror(error)}; the stores into {_spell(self.ranges)} may be "
-            f"lost; write them again to a good place, or call clear_flush_error() and store "
-            f"them again before the next flush"
+            f"lost; write them to a good place, or call clear_flush_error(), store them again "
+            f"and flush"
         )
         super().__init__(error, message)
         self.filename = filename

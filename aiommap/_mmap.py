@@ -184,7 +184,8 @@ class AsyncMmap(MapAccess):
         when it fails or is cancelled.
 
         :param length: bytes, at least 1
-        :param exist_ok: map the file that is there, if one is: it keeps its content and grows
+        :param exist_ok: map the file that is there, if one is: it keeps its content and grows,
+            and may have grown when this fails
         :param mode: permissions of a new file, before the umask
         :raises FileExistsError: it is there, and ``exist_ok`` is false
         :raises ValueError: it is there and longer than ``length``

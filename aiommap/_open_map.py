@@ -105,7 +105,7 @@ class OpenMap:
         self.loop: EventLoop = current_event_loop()
         self.limiter: CapacityLimiter = limiter or _workers.default_limiter()
         self._mapping: Mapping | None = mapping
-        self.lock: ClaimLock = ClaimLock()
+        self.lock: ClaimLock = ClaimLock(known_as="map")
         self.lock.check_thread()  # it belongs to the first event loop that uses it: this one
         self.pager: Pager = Pager(self.loop, self.limiter)
         self.flusher: Flusher = Flusher(self.loop, self.limiter, mapping)

@@ -657,8 +657,6 @@ class ViewOpening:
         core, self._core = self._core, None
         if core is None:
             raise RuntimeError("already awaited or entered: call again for another one")
-        if not core.loop.is_running_here():
-            core.check_loop()  # raises
         lock = core.lock
         offset = self._offset
         length = self._length
