@@ -422,7 +422,7 @@ def move(destination: int, source: int, length: int) -> None:
 
 def search(data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
     if last or _memmem is None:
-        # This holds the GIL for the piece, well below 1 ms.
+        # This holds the GIL for the window, 3 ms.
         return (data.rfind if last else data.find)(needle, 0, length)
     # SAFETY: the export pins the bytearray's memory.
     with memoryview(data):
