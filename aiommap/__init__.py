@@ -17,7 +17,7 @@ from ._region_lock import RegionLease as RegionLease
 from ._region_lock import RegionLock as RegionLock
 from ._region_lock import RegionLockStatistics as RegionLockStatistics
 from ._view import MmapView as MmapView
-from ._view import MmapViewSync as MmapViewSync
+from ._view_sync import MmapViewSync as MmapViewSync
 
 __all__ = [
     "Advice",

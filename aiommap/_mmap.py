@@ -27,7 +27,8 @@ from ._opening import Opening
 from ._options import MmapOptions, Protection
 from ._pins import Pins
 from ._ranges import LARGEST_OFFSET, as_int, check_length, check_range
-from ._view import MmapView, MmapViewSync, ViewOpening
+from ._view import MmapView, ViewOpening
+from ._view_sync import MmapViewSync
 from ._wait_graph import Claim
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Views: a task's hold on a region, and the same hold shared between tasks and threads.
+"""Views: a task's hold on a region, and what it has in common with the shared one.
 
 A view is a claim on the region, a buffer over its bytes and a cursor. It is closed without
 waiting for anything: buffer, claim, count, in that order and before the first await, so that
@@ -14,7 +14,6 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 
-import anyio
 from anyio import BusyResourceError, ClosedResourceError
 
 from . import _buffers
@@ -31,7 +30,7 @@ _LINE = 4096
 """Bytes that readline() looks at first; doubled until the line ends. A page."""
 
 
-class _View:
+class View:
     """What both kinds of view do. Subclasses say who may use it."""
 
     __slots__ = (
@@ -580,7 +579,7 @@ class _View:
             )
 
 
-class MmapView(_View):
+class MmapView(View):
     """
     A task's hold on a region of a map: shared and read-only, or exclusive and writable.
 
@@ -702,112 +701,3 @@ class ViewOpening:
                 # As the view's own, without a coroutine where there is nothing to wait for.
                 return NOTHING if view._give_back() else view._finish(False, failed=False)
             return view.__aexit__(exc_type, exc_value, traceback)
-
-
-class MmapViewSync(_View):
-    """
-    A hold on a region that several tasks and worker threads use together.
-
-    Comes from :meth:`AsyncMmap.into_view_sync <aiommap.AsyncMmap.into_view_sync>`. Its buffer,
-    items and slices are free to use in any thread; whatever is awaited belongs to the map's
-    event loop, and a thread calls it with :func:`anyio.from_thread.run`. Calls that move the
-    cursor take turns. Who touches which bytes is up to its users: :meth:`split_at` gives each
-    its own part.
-    """
-
-    __slots__ = ("_handles", "_turn")
-
-    def __init__(
-        self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
-    ) -> None:
-        self._handles = [1]  # how many handles the claim has, shared by them
-        self._turn = anyio.Lock()
-        super().__init__(core, claim, offset, length, None, writable)
-
-    def _use(self) -> Claim:
-        claim = self._claim
-        if claim is None:
-            raise ClosedResourceError("the view is closed")
-        return claim
-
-    def _use_in_loop(self) -> Claim:
-        claim = self._use()
-        self._core.check_loop()
-        return claim
-
-    def _part(self, claim: Claim, offset: int, length: int) -> MmapViewSync:
-        return MmapViewSync(self._core, claim, offset, length, self._writable)
-
-    def _check_alone(self, what: str) -> None:
-        self._use()
-        if self._handles[0] > 1:
-            raise BufferError(
-                f"cannot {what} while {self._handles[0] - 1} clones of it are open: close them "
-                f"first"
-            )
-        if self._copies:
-            raise BufferError(f"cannot {what} while another task reads or writes through it")
-
-    def clone(self) -> MmapViewSync:
-        """
-        Another handle on the same region; the region is free when the last one closes.
-
-        Each has its own buffer and cursor. Not a checkpoint.
-        """
-        claim = self._use_in_loop()
-        clone = MmapViewSync(self._core, claim, self._offset, self._length, self._writable)
-        clone._handles = self._handles
-        self._handles[0] += 1
-        return clone
-
-    def split_at(self, n: SupportsIndex) -> tuple[Self, Self]:
-        self._check_alone("split the view")
-        return super().split_at(n)
-
-    def restrict(self, offset: SupportsIndex, length: SupportsIndex) -> None:
-        self._check_alone("restrict the view")
-        super().restrict(offset, length)
-
-    def downgrade(self) -> None:
-        self._check_alone("downgrade the view")
-        super().downgrade()
-
-    def _leave(self, claim: Claim) -> None:
-        if self._handles[0] == 1:
-            super()._leave(claim)
-        else:
-            self._handles[0] -= 1
-            self._core.views -= 1  # the others keep the region
-
-    def _leave_soon(self, claim: Claim) -> None:
-        if self._handles[0] == 1:
-            super()._leave_soon(claim)
-        else:
-            self._leave(claim)
-
-    # One call at a time moves the cursor: each sees it where the one before has left it.
-
-    async def seek(self, offset: SupportsIndex, whence: int = os.SEEK_SET) -> int:
-        self._use_in_loop()
-        async with self._turn:
-            return await super().seek(offset, whence)
-
-    async def read(self, size: SupportsIndex | None = -1) -> bytes:
-        self._use_in_loop()
-        async with self._turn:
-            return await super().read(size)
-
-    async def readinto(self, buffer: Buffer) -> int:
-        self._use_in_loop()
-        async with self._turn:
-            return await super().readinto(buffer)
-
-    async def readline(self, size: SupportsIndex | None = -1) -> bytes:
-        self._use_in_loop()
-        async with self._turn:
-            return await super().readline(size)
-
-    async def write(self, data: Buffer) -> int:
-        self._use_in_loop()
-        async with self._turn:
-            return await super().write(data)

@@ -26,7 +26,7 @@ _crew _reshaping
 _region_lock _pager _flusher
 _open_map
 _searching _pins _window_stream _view _arguments
-_map_access
+_map_access _view_sync
 _mmap
 __init__
 _cli testing
@@ -57,7 +57,7 @@ FORBIDDEN = {
     ),
     "system calls where tasks are": (
         {"_claim_lock", "_region_lock", "_pager", "_flusher", "_open_map", "_searching", "_pins",
-         "_window_stream", "_view", "_arguments", "_map_access", "_mmap"},
+         "_window_stream", "_view", "_view_sync", "_arguments", "_map_access", "_mmap"},
         {"ctypes", "mmap", "fcntl", "asyncio", "trio"},
     ),
     "the loop's own library outside of the one module for it": (
