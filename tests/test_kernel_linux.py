@@ -11,6 +11,7 @@ if sys.platform != "linux":
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,15 +234,39 @@ def test_linux_copy_keeps_what_it_has_when_a_later_call_fails(
 
     failure = errno.EFAULT
     assert _linux.copy(0, 0, 3500) == 1000
-    failure = errno.EPERM
-    with pytest.raises(PermissionError, match="not permitted"):
+    failure = errno.ENOMEM
+    with pytest.raises(OSError, match="allocate"):
         _linux.copy(0, 0, 3500)
+
+
+@pytest.mark.parametrize("lacking", ["the function", "the permission"])
+def test_linux_copy_where_it_must_not_read_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: str
+) -> None:
+    """A seccomp filter that refuses process_vm_readv costs time, and no safety: bytes behind the
+    end of a truncated file are EFAULT, or a short copy, and not SIGBUS."""
+    if lacking == "the function":
+        monkeypatch.setattr(_linux, "_process_vm_readv", None)
+    else:
+        monkeypatch.setattr(_linux, "_process_vm_readv", Answers(errno.EPERM))
+    length = 3 * (1 << 16) + 5
+    source, target = pattern(length), bytearray(length)
+    assert _linux.copy(address_of(target), address_of(source), length) == length
+    assert target == source
+    path = tmp_path / "cut"
+    path.write_bytes(source)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), length) as memory:
+        file.truncate(PAGE)
+        target = bytearray(length)
+        assert _linux.copy(address_of(target), address_of(memory), length) == PAGE
+        assert target[:PAGE] == source[:PAGE]
+        with pytest.raises(OSError, match="Bad address"):
+            _linux.copy(address_of(target), address_of(memory) + PAGE, PAGE)
 
 
 @pytest.mark.parametrize(
     ("function", "name", "arguments"),
     [
-        ("_process_vm_readv", "copy", (0, 0, 1)),
         ("_syscall", "cached_pages", (0, 0, 1)),
     ],
 )

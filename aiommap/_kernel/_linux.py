@@ -21,6 +21,7 @@ from contextlib import suppress
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
+from ._portable import copy as copy_through_pipe
 from ._protocol import Buffer, Capabilities
 
 page_size = mmap.PAGESIZE
@@ -422,6 +423,9 @@ def copy(destination: int, source: int, length: int) -> int:
         try:
             copied = _copy_once(destination + done, source + done, length - done)
         except OSError as exc:
+            if exc.errno in (errno.ENOSYS, errno.EPERM):
+                # A seccomp filter, or a kernel before 3.2: as guarded, and slower.
+                return copy_through_pipe(destination, source, length)
             if done == 0 or exc.errno != errno.EFAULT:
                 raise
             return done
