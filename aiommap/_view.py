@@ -273,21 +273,11 @@ class View:
         self._use_in_loop()
         count = self._next_bytes(size)
         start = self._cursor
-        self._copies += 1
-        try:
+        async with _Copy(self):
             await self._core.loop.checkpoint()
             data = await self._core.read(self._offset + start, count)
-        finally:
-            self._copy_ends()
         self._cursor = start + count
         return data
-
-    def _copy_ends(self) -> None:
-        self._copies -= 1
-        claim = self._leaving
-        if claim is not None and self._copies == 0:
-            self._leaving = None
-            self._leave_soon(claim)
 
     def _next_bytes(self, size: SupportsIndex | None) -> int:
         rest = self._length - self._cursor
@@ -307,12 +297,11 @@ class View:
         target = _buffers.writable(buffer)
         count = self._next_bytes(len(target))
         start = self._cursor
-        self._copies += 1
         try:
-            await self._core.loop.checkpoint()
-            await self._core.read_into(self._offset + start, target[:count])
+            async with _Copy(self):
+                await self._core.loop.checkpoint()
+                await self._core.read_into(self._offset + start, target[:count])
         finally:
-            self._copy_ends()
             del target  # who keeps an error, and this frame with it, may still resize the buffer
         self._cursor = start + count
         return count
@@ -330,8 +319,7 @@ class View:
         parts: list[bytes] = []
         count = 0
         step = _LINE
-        self._copies += 1
-        try:
+        async with _Copy(self):
             await self._core.loop.checkpoint()
             while count < most:
                 part = await self._core.read(self._offset + start + count, min(step, most - count))
@@ -342,8 +330,6 @@ class View:
                 if end:
                     break
                 step *= 2
-        finally:
-            self._copy_ends()
         self._cursor = start + count
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -376,12 +362,11 @@ class View:
                 f"{len(source)} bytes do not fit at {start} in a view of {self._length} bytes"
             )
         count = len(source)
-        self._copies += 1
         try:
-            await self._core.loop.checkpoint()
-            await self._core.write(self._offset + start, source)
+            async with _Copy(self):
+                await self._core.loop.checkpoint()
+                await self._core.write(self._offset + start, source)
         finally:
-            self._copy_ends()
             del source  # as in readinto()
         self._cursor = start + count
         return count
@@ -501,9 +486,9 @@ class View:
         Give the region back. Safe to call again, and from any task of the event loop.
 
         The region is free before anything is waited for, unless another task is in the middle
-        of a copy of the view's: then it is free when that has ended. Not a checkpoint, unless
-        this is the last view of a map that is closed or was consumed by ``into_view()``: then it
-        flushes what was written, and unmaps.
+        of a copy of the view's: then that frees it when it has ended. Not a checkpoint, unless
+        this is the last view of a map that is closed or was consumed by ``into_view()``: then it,
+        or that copy, flushes what was written, and unmaps.
 
         :raises BufferError: slices or arrays over the buffer are alive (the region is free all
             the same, and they stay valid memory without a lock)
@@ -577,6 +562,31 @@ class View:
                 stacklevel=2,
                 source=self,
             )
+
+
+class _Copy:
+    """A copy of a view's that is under way: who ends the last one ends a view closed meanwhile."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    async def __aenter__(self) -> None:
+        self._view._copies += 1
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        view = self._view
+        view._copies -= 1
+        claim = view._leaving
+        if claim is None or view._copies:
+            return
+        view._leaving = None
+        if exc_type is GeneratorExit:  # forgotten, and closed in any thread
+            view._leave_soon(claim)
+        else:
+            view._leave(claim)
+            await view._finish(True, failed=exc_type is not None)
 
 
 class MmapView(View):

@@ -352,3 +352,22 @@ async def test_no_new_shape_in_the_middle_of_a_copy(tmp_path: Path) -> None:
         assert await v.tell() == 500
         v.restrict(0, 10)
         assert await v.read() == b""
+
+
+async def test_closed_in_the_middle_of_a_copy_it_flushes_all_the_same(tmp_path: Path) -> None:
+    """Who ends the last copy of the last view of a map flushes what was written, and unmaps."""
+    kernel = FakeKernel(durability=True)
+    path = file_of(tmp_path, N)
+    m = await mapped_by(kernel).open_path(path, "r+")
+    v = await m.into_view_sync()
+    v[:3] = b"abc"
+    kernel.fail("read_nowait", errno.EAGAIN)
+    with kernel.hold("read", times=1) as hold:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(v.read)
+            await entered(hold)
+            await v.aclose()
+            assert kernel.disk.durable(path)[:3] == bytes(3)
+            hold.release.set()
+    assert kernel.disk.durable(path)[:3] == b"abc"
+    assert maps_of(path) == 0
