@@ -38,7 +38,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _workers
 from ._crew import Crew, Request
@@ -215,6 +215,7 @@ class Flusher:
         await self._do(request)
 
     async def _do(self, request: _Flush) -> None:
+        await checkpoint_if_cancelled()  # of a task that is cancelled already nothing begins
         self.requested += 1
         try:
             await self._crew.do(request)
@@ -252,6 +253,7 @@ class Flusher:
         """
         self.check()
         assert mapping.file is not None
+        await checkpoint_if_cancelled()
         with self._log_lock:
             # Before anything starts, so that it is told of whatever fails from now on.
             ticket = self._log.ticket(offset, length, mapping.file)
@@ -367,8 +369,10 @@ class Flusher:
         """
         ran = threading.Lock()
         ran.acquire()
-        # The first call comes when the tasks have been woken, the second when they have run.
-        if self._loop.post(self._loop.post, ran.release):
+        post = self._loop.post
+        # The first call comes when the tasks have been woken; the second in the turn in which
+        # they run, before or after them (trio draws lots); the third when they have run.
+        if post(post, post, ran.release):
             ran.acquire(timeout=seconds)
 
     def _write_piece(self, bulk: _Bulk) -> bool:
