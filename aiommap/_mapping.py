@@ -1,4 +1,4 @@
-"""One map of one file: the only module that knows addresses. Synchronous.
+"""One map of one file. Synchronous; this and ``_mapped_memory.py`` alone know addresses.
 
 What keeps the process alive
 ----------------------------
@@ -10,8 +10,8 @@ What keeps the process alive
   on the descriptor (the same page cache), private ones and all stores are copied by the
   kernel (``process_vm_readv`` on ourselves), and both answer with an error. Pages that the
   user is going to touch are populated first, which answers with an error too.
-* *Waiting.* Functions named ``..._nowait`` never wait for a disk and run on the loop; the
-  others run in a worker and release the GIL while they wait.
+* *Waiting.* What :class:`MappedMemory` does never waits for a disk and runs on the loop; what
+  is added here runs in a worker and releases the GIL while it waits.
 
 When a page cannot be had the kernel only says EFAULT; :meth:`Mapping.explain` asks the file
 what is the matter with it.
@@ -22,39 +22,16 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
-from time import monotonic
-from typing import ClassVar, Literal
 
-from ._buffers import is_plain
-from ._errors import Range, TruncatedError
-from ._file import File, Filename, naming
+from ._errors import Range
+from ._file import File, naming
 from ._kernel import Kernel, address_of, new_bytes
+from ._mapped_memory import SCRATCH, MappedMemory
 from ._options import Advice, Protection
 from ._ranges import page_span, pieces
 
-INLINE = 256 << 10
-"""
-Bytes that are copied on the loop when they are in memory: 10 to 20 us, where a thread hop
-takes 50 to 150 us.
-"""
-
-PROBED = 4 << 20
-"""
-Bytes whose pages are looked up on the loop, by mincore: 100 us where none of them was touched
-before, 12 us else. Larger ranges always go to a worker.
-"""
-
-SLOW_START = 0.0005
-CAREFUL = 0.5
-"""
-Seconds that the start of a read takes on average when it has to wait, for a free place in the
-disk's queue or for an extent tree, and for how long no look starts one then. It takes 5 us.
-"""
-
-_SCRATCH = 64 << 10
 _MOST_AREAS = 64
 _LASTING = frozenset(
     (
@@ -81,42 +58,10 @@ def _bad_buffer() -> OSError:
     )
 
 
-def _now(end: Callable[[], object]) -> None:
-    end()
+class Mapping(MappedMemory):
+    """A map of a file, or memory: what waits for a disk, without the GIL, in a worker."""
 
-
-def _unmap(memory: mmap.mmap, file: File | None) -> None:
-    # close() unmaps without the GIL, which the mmap object's own end would hold for as long as
-    # it takes (10 ms and more for a GiB).
-    with suppress(BufferError):  # refused while buffers are out: their end unmaps
-        memory.close()
-
-
-class Mapping:
-    """Bytes ``offset`` to ``offset + length`` of a file, or memory without a file."""
-
-    __slots__ = (
-        "__weakref__",
-        "_address",
-        "_careful_until",
-        "_delta",
-        "_fd",
-        "_map",
-        "_nowait",
-        "_page",
-        "_populate",
-        "_probe",
-        "_read_file_nowait",
-        "_scratch",
-        "_start_seconds",
-        "file",
-        "kernel",
-        "length",
-        "most_starting",
-        "offset",
-        "private",
-        "protection",
-    )
+    __slots__ = ("_populate",)
 
     def __init__(
         self,
@@ -128,283 +73,11 @@ class Mapping:
         length: int,
         delta: int,
     ) -> None:
-        self.kernel: Kernel = kernel
-        self.file: File | None = file
-        self.protection: Protection = protection
-        self.offset: int = offset
-        self.length: int = length
-        self.private: bool = protection is Protection.READ_COPY
-        self._map = memory
-        # The map starts at a multiple of the granularity; the user's first byte is here.
-        self._delta = delta
-        self._address = address_of(memory) + delta
-        # What reads that must not wait read into: one byte, and as much as the last read took.
-        # Bound once: they are on the path of every access.
-        self._fd = file.fd if file is not None else -1
-        self._page = kernel.page_size
-        self._read_file_nowait = kernel.read_nowait
-        self._probe = [memoryview(bytearray(1))]
-        self._scratch = [memoryview(bytearray(0))]
-        # Found out by trying, then remembered: whether reads can be refused instead of wait,
-        # and whether pages can be populated.
-        self._nowait = file is not None and not self.private and not file.in_memory
+        super().__init__(kernel, file, memory, protection, offset, length, delta)
+        # Whether pages can be populated; found out by trying, then remembered.
         self._populate = True
-        # Reads that may be under way because of looks from the loop. Half of what the disk takes
-        # before the next one has to wait: for there are other readers, and writers.
-        self.most_starting: int = file.disk_queue // 2 if file is not None else 0
-        self._careful_until = 0.0
-        self._start_seconds = 0.0
 
-    finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)
-    """Runs what ends a mapping whose last user is gone; the map's makes that a worker's task."""
-
-    def __del__(self) -> None:
-        try:
-            memory = self._map
-        except AttributeError:  # __init__ did not get that far
-            return
-        # Nobody uses the address any more. The file goes with the call.
-        Mapping.finisher(partial(_unmap, memory, self.file))
-
-    def discard(self) -> None:
-        """Unmap and close now: for a mapping that nobody has got, see :meth:`File.close`."""
-        self._map.close()
-        if self.file is not None:
-            self.file.close()
-
-    # What it is
-
-    @property
-    def address(self) -> int:
-        """Of the first byte; valid while this object, or a buffer of it, lives."""
-        return self._address
-
-    @property
-    def syncable(self) -> bool:
-        """Whether stores reach a file that somebody may want to be durable."""
-        return (
-            self.protection is Protection.READ_WRITE
-            and self.file is not None
-            and not self.file.anonymous
-        )
-
-    @property
-    def store_waits(self) -> bool:
-        """Whether the first store into a page may wait for a disk (journal, throttling)."""
-        return self.file is not None and not self.private and not self.file.in_memory
-
-    @property
-    def pages_are_files(self) -> bool:
-        """Whether pages come from a disk, are the same for everybody, and cost no memory."""
-        return self.store_waits
-
-    def buffer(self, offset: int, length: int, writable: bool) -> memoryview:
-        """The memory itself. Whoever holds it, or a slice of it, keeps the map mapped."""
-        if length == 0:
-            # Nothing of the map, which may be resized and closed in spite of it.
-            return memoryview(bytearray() if writable else b"")
-        start = self._delta + offset
-        view = memoryview(self._map)[start : start + length]
-        return view if writable or view.readonly else view.toreadonly()
-
-    def exported(self) -> bool:
-        """Whether buffers of the memory are out."""
-        try:
-            # Refused in this order: because of buffers, then because of the size.
-            self._map.resize(-1)
-        except BufferError:
-            return True
-        except (ValueError, TypeError, SystemError, AttributeError):
-            return False
-        raise AssertionError("mmap.resize(-1) must fail")
-
-    @property
-    def filename(self) -> Filename:
-        """What errors and the log call the file; None for memory."""
-        return None if self.file is None else self.file.filename
-
-    def reach(self) -> int:
-        """How many bytes of the map the file reaches now."""
-        if self.file is None or self.file.anonymous:
-            return self.length
-        return min(max(self.file.size() - self.offset, 0), self.length)
-
-    def check_reach(self, offset: int, length: int) -> None:
-        """:raises TruncatedError: when the file does not reach the end of the range"""
-        size = self.reach()
-        if length > size - offset and length:
-            raise self._truncated(offset, length, size)
-
-    def _truncated(self, offset: int, length: int, size: int) -> TruncatedError:
-        return TruncatedError(offset, length, size, self.filename)
-
-    def distance(self, offset: int, buffer: memoryview) -> int:
-        """How far behind the bytes at ``offset`` a buffer lies that overlaps them; else 0."""
-        away = address_of(buffer) - (self._address + offset)
-        return away if abs(away) < len(buffer) else 0
-
-    # On the loop: never waits for a disk
-
-    @property
-    def starts_reads(self) -> bool:
-        """Whether a look at what is not in memory starts to read it."""
-        return self._nowait and self._careful_until == 0
-
-    def is_loaded_nowait(self, offset: int, length: int, careful: bool = False) -> bool:
-        """
-        Whether the range is in the file and in memory; in doubt it is not.
-
-        :param careful: start no read if it is not
-
-        O(1) up to two pages, O(pages) with a small constant above.
-        """
-        if self._nowait and 0 < length <= INLINE:
-            if (careful or self._careful_until) and not self._is_cached_nowait(offset, length):
-                return False
-            # A byte of a page proves the page, and the last byte that the file reaches it.
-            first = self.offset + offset
-            last = first + length - 1
-            page = self._page
-            pages = last // page - first // page
-            began = monotonic()
-            try:
-                if pages <= 1:
-                    read = self._read_file_nowait
-                    return read(self._fd, self._probe, last) == 1 and (
-                        pages == 0 or read(self._fd, self._probe, first) == 1
-                    )
-                # Cheaper than page by page: 64 KiB in 2.5 us.
-                return self._read_file_nowait(self._fd, self._window(length), first) == length
-            except OSError as exc:
-                return self._refused(exc, began)
-        if length == 0:
-            return True
-        if length > PROBED:
-            return False
-        if self._nowait and self.file is not None and not self.file.mincore_is_honest:
-            # The first piece that is not there ends it, and starts no more than one read.
-            return all(
-                self.is_loaded_nowait(start, count, careful)
-                for start, count in pieces(offset, length, INLINE)
-            )
-        return self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)
-
-    def _window(self, length: int) -> list[memoryview]:
-        window = self._scratch
-        if len(window[0]) != length:
-            whole = window[0].obj
-            if len(whole) < length:  # type: ignore[arg-type]
-                whole = bytearray(max(length, _SCRATCH))
-            window = self._scratch = [memoryview(whole)[:length]]
-        return window
-
-    def _refused(self, error: OSError, began: float) -> Literal[False]:
-        """A read that must not wait was refused: the disk is needed, or it cannot be had."""
-        if error.errno == errno.EAGAIN:
-            now = monotonic()
-            # The moving average of the last eight or so, each cut to four times the limit: a
-            # thread that lost its processor for a while is not a disk that is busy.
-            cost = min(now - began, 4 * SLOW_START) - self._start_seconds
-            self._start_seconds += cost / 8
-            if self._start_seconds > SLOW_START:
-                self._start_seconds = 0.0
-                self._careful_until = now + CAREFUL
-        elif error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            self._nowait = False
-        return False
-
-    def _is_cached_nowait(self, offset: int, length: int) -> bool:
-        """Whether a look at the range would start no read: its pages are there or on their way."""
-        if self._careful_until and monotonic() > self._careful_until:
-            self._careful_until = 0.0
-        assert self.file is not None
-        start, size = page_span(self.offset + offset, length, self._page)
-        try:
-            return self.kernel.cached_pages(self._fd, start, size) * self._page >= size
-        except OSError:
-            return self._is_resident_nowait(offset, length)
-
-    def _is_resident_nowait(self, offset: int, length: int) -> bool:
-        if self.file is not None and not self.file.mincore_is_honest:
-            return False
-        try:
-            state = self.kernel.resident(*self._pages(offset, length))
-        except OSError:
-            return False
-        return state.count(1) == len(state) or all(byte & 1 for byte in state)
-
-    def _reaches_nowait(self, offset: int, length: int) -> bool:
-        file = self.file
-        if file is None or file.anonymous:
-            return True
-        try:
-            # fstat() asks the server of a FUSE or network file system; those do not know reads
-            # that must not wait.
-            size = (self.kernel.file_size if self._nowait else self.kernel.known_file_size)(file.fd)
-        except OSError:
-            return False
-        return size - self.offset - offset >= length
-
-    def read_nowait(self, offset: int, length: int, careful: bool = False) -> bytes | None:
-        """The bytes, if they are few and in memory; else None. See :meth:`is_loaded_nowait`."""
-        if length > INLINE:
-            return None
-        if self._nowait:
-            if (careful or self._careful_until) and not self._is_cached_nowait(offset, length):
-                return None
-            began = monotonic()
-            window = self._scratch
-            if len(window[0]) != length:
-                window = self._window(length)
-            try:
-                if self._read_file_nowait(self._fd, window, self.offset + offset) == length:
-                    return bytes(window[0])
-            except OSError as exc:
-                self._refused(exc, began)  # the worker finds out what is the matter
-            return None
-        if length == 0:
-            return b""
-        if not self._is_resident_nowait(offset, length):
-            return None
-        # Not read(): the file systems that come here may ask a server before they answer.
-        memory = self._window(length)[0]
-        # SAFETY: the scratch is as long, the map is held by self.
-        if self._copy_nowait(address_of(memory), self._address + offset, length):
-            # Afterwards: bytes behind the end of the file, in its last page, read as zeros.
-            return bytes(memory) if self._reaches_nowait(offset, length) else None
-        return None
-
-    def write_nowait(self, offset: int, data: memoryview) -> bool:
-        """Store a few bytes, if that cannot wait for a disk; else False, to be done again."""
-        length = data.nbytes
-        if length > INLINE or self.store_waits:
-            return False
-        if length == 0:
-            return True
-        if not is_plain(data):
-            return False  # touching it may wait
-        source = address_of(data)
-        target = self._address + offset
-        if source < target + length and target < source + length:
-            return False  # overlapping
-        if not (self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)):
-            return False
-        # SAFETY: the data is exported by its memoryview, the map is held by self. A page that
-        # was truncated away meanwhile ends the copy early, and the worker finds out.
-        return self._copy_nowait(target, source, length) and self._reaches_nowait(offset, length)
-
-    def _copy_nowait(self, target: int, source: int, length: int) -> bool:
-        try:
-            return self.kernel.copy(target, source, length) == length
-        except OSError:
-            return False
-
-    # In a worker: may wait, without the GIL
-
-    def _pages(self, offset: int, length: int) -> tuple[int, int]:
-        # SAFETY: a map begins at a page and the kernel maps whole pages, so the pages around
-        # a range inside the map are pages of the map.
-        return page_span(self._address + offset, length, self.kernel.page_size)
+    # Pages
 
     def will_load(self, offset: int, length: int) -> None:
         """Start reading the range; a hint."""
@@ -470,8 +143,8 @@ class Mapping:
     def _load_by_reading(self, offset: int, length: int) -> None:
         # Kernels before 5.14 and other platforms: reading warms the page cache, and what is
         # left for the touch is a fault that finds its page.
-        scratch = memoryview(bytearray(min(length, _SCRATCH)))
-        for start, count in pieces(offset, length, _SCRATCH):
+        scratch = memoryview(bytearray(min(length, SCRATCH)))
+        for start, count in pieces(offset, length, SCRATCH):
             if self.file is None:
                 # SAFETY: inside the map; memory without a file has no page that can be missing.
                 self.kernel.move(address_of(scratch), self._address + start, count)
@@ -508,8 +181,8 @@ class Mapping:
             self.check_reach(offset, length)
             if self.file is not None:
                 if not self.file.anonymous:
-                    scratch = memoryview(bytearray(min(length, _SCRATCH)))
-                    for start, count in pieces(offset, length, _SCRATCH):
+                    scratch = memoryview(bytearray(min(length, SCRATCH)))
+                    for start, count in pieces(offset, length, SCRATCH):
                         self._read_file(start, scratch[:count])
                 if write and not self.private:
                     self.file.reserve(self.offset + offset, length)

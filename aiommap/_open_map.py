@@ -24,7 +24,8 @@ from ._event_loop import EventLoop, current_event_loop
 from ._file import File
 from ._flusher import Flusher, PendingFlush, nothing_pending
 from ._kernel import Kernel
-from ._mapping import INLINE, Mapping
+from ._mapped_memory import INLINE
+from ._mapping import Mapping
 from ._pager import Pager
 from ._wait_graph import HELD, Claim
 

@@ -19,7 +19,8 @@ from aiommap._errors import TruncatedError
 from aiommap._file import open_file
 from aiommap._kernel import Kernel, native
 from aiommap._map_making import map_file, map_memory, remap
-from aiommap._mapping import INLINE, Mapping
+from aiommap._mapped_memory import INLINE
+from aiommap._mapping import Mapping
 from aiommap._options import MmapOptions, Protection
 from aiommap._reshaping import protected, resized
 
