@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 
+from ._errors import TruncatedError
 from ._mapping import Mapping
+from ._ranges import pieces
 
 _WINDOW = 8 << 20
 """
 What is read and searched with one call each. 512 KiB, which stay in the cache, were half as fast:
 the GIL has to be had back after each.
 """
-
-_CLOSER = 64 << 10
 
 _idle: deque[bytearray] = deque(maxlen=2)
 """
@@ -27,19 +27,9 @@ def search(mapping: Mapping, offset: int, length: int, needle: bytes, *, last: b
 
     :raises OSError: see :meth:`Mapping.read_into`; only if it is not found before that place
     """
-    try:
-        return _search(mapping, offset, length, needle, last, _WINDOW)
-    except OSError:
-        # It may be on this side of what cannot be read: look more closely.
-        return _search(mapping, offset, length, needle, last, _CLOSER)
-
-
-def _search(
-    mapping: Mapping, offset: int, length: int, needle: bytes, last: bool, at_once: int
-) -> int:
     if length < len(needle):
         return -1
-    window = min(max(at_once, 2 * len(needle)), length)
+    window = min(max(_WINDOW, 2 * len(needle)), length)
     step = window - len(needle) + 1
     try:
         scratch = _idle.pop()
@@ -51,11 +41,67 @@ def _search(
         starts = range(0, length - len(needle) + 1, step)
         for start in reversed(starts) if last else starts:
             count = min(window, length - start)
-            mapping.read_into(offset + start, memoryview(scratch)[:count])
-            found = mapping.kernel.search(scratch, count, needle, last=last)
+            first = offset + start
+            try:
+                mapping.read_into(first, memoryview(scratch)[:count])
+            except OSError as error:
+                # It may be on this side of what cannot be read.
+                if last:
+                    found = _search_end(mapping, first, count, needle, scratch)
+                else:
+                    found = _search_beginning(mapping, first, count, needle, scratch)
+                if found < 0:
+                    raise error from None
+            else:
+                found = mapping.kernel.search(scratch, count, needle, last=last)
             if found >= 0:
                 return start + found
         return -1
     finally:
         if len(scratch) <= _WINDOW:
             _idle.append(scratch)
+
+
+def _search_beginning(
+    mapping: Mapping, offset: int, length: int, needle: bytes, scratch: bytearray
+) -> int:
+    """The first place in the bytes before the first that cannot be read."""
+    memory = memoryview(scratch)
+    done = 0
+    try:
+        for piece, count in _pages(mapping, offset, length):
+            mapping.read_into(piece, memory[done : done + count])
+            done += count
+    except TruncatedError as exc:
+        rest = exc.size - offset - done
+        if rest > 0:  # the file ends inside of the page
+            mapping.read_into(offset + done, memory[done : done + rest])
+            done += rest
+    except OSError:
+        pass  # the caller has one to raise
+    memory.release()
+    return mapping.kernel.search(scratch, done, needle, last=False)
+
+
+def _search_end(
+    mapping: Mapping, offset: int, length: int, needle: bytes, scratch: bytearray
+) -> int:
+    """The last place in the bytes behind the last that cannot be read."""
+    memory = memoryview(scratch)
+    done = length
+    try:
+        for piece, count in reversed(_pages(mapping, offset, length)):
+            mapping.read_into(piece, memory[done - count : done])
+            done -= count
+    except OSError:
+        pass  # as above
+    memory.release()
+    rest = scratch[done:length]
+    found = mapping.kernel.search(rest, len(rest), needle, last=True)
+    return found if found < 0 else done + found
+
+
+def _pages(mapping: Mapping, offset: int, length: int) -> list[tuple[int, int]]:
+    """A range of the map, cut where pages of the file begin."""
+    parts = pieces(mapping.offset + offset, length, mapping.kernel.page_size)
+    return [(start - mapping.offset, count) for start, count in parts]

@@ -12,12 +12,14 @@ asyncio; on trio a task that has been woken is not cancelled before its next che
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from anyio import WouldBlock
 
+from ._errors import DeadlockError
 from ._event_loop import EventLoop, current_event_loop
 from ._region_queue import RegionQueue, claims_for
 from ._wait_graph import GONE, HELD, WAITING, Claim, WaitGraph
@@ -26,6 +28,10 @@ GRANTS_PER_YIELD = 128
 """After so many grants in a row without a yield, a fast lock yields once. tokio lets a task
 make as many operations before it forces a yield (its "coop budget"); at 2 to 3 us a grant it
 is 0.3 to 0.4 ms between two turns of the others."""
+
+_TURNS_FOR_A_HEIR = 2
+"""Turns of the event loop after which a task that was just started has run: a task of the first
+turn may run before it (trio draws lots)."""
 
 _graph = WaitGraph()
 """One for all locks, so that cycles through several locks are found. A claim is in it only
@@ -95,6 +101,7 @@ class ClaimLock:
 
     __slots__ = (
         "__weakref__",
+        "_abandoned",
         "_closed",
         "_current_task",
         "_grants_left",
@@ -112,6 +119,8 @@ class ClaimLock:
         self.fast_acquire: bool = fast_acquire
         self._loop: EventLoop | None = None
         self._closed: Callable[[], BaseException] | None = None
+        # Claims to be released as soon as it is safe, each with how.
+        self._abandoned: deque[tuple[Claim, Callable[[Claim], object]]] = deque()
         self._grants_left = GRANTS_PER_YIELD
         self._is_running_here: Callable[[], bool] = self._bind
         self._current_task: Callable[[], object]
@@ -157,6 +166,7 @@ class ClaimLock:
         """
         claim = Claim(start, stop, exclusive, self.check_entry())
         if not self.queue.add_if_free(claim):
+            self._release_abandoned()
             if not self.queue.would_grant((claim,)):
                 raise WouldBlock
             self.queue.add((claim,))
@@ -168,13 +178,14 @@ class ClaimLock:
 
         For an access that has no await in it: what is free now stays free until then. Does not
         check that the caller runs in the lock's event loop, nor whether the lock is closed.
-
-        :raises DeadlockError: if the request conflicts with a hold of the task
         """
         queue = self.queue
         if queue.is_free(start, stop, exclusive):
             return True
-        return queue.would_grant((Claim(start, stop, exclusive, self._current_task()),))
+        try:
+            return queue.would_grant((Claim(start, stop, exclusive, self._current_task()),))
+        except DeadlockError:
+            return False  # acquire() says so
 
     # Giving back, all without waiting
 
@@ -209,29 +220,35 @@ class ClaimLock:
         """Have a held claim belong to no task: deadlocks through it are not found."""
         self.queue.hand_over(claim, None)
 
-    def abandon(self, claim: Claim) -> None:
+    def abandon(self, claim: Claim, release: Callable[[Claim], object] | None = None) -> None:
         """
-        Release a claim soon, if it is still held then. From any thread, also from a finalizer.
+        Release a claim soon, if it is still held then, and before anybody has to wait for it.
+        From any thread, also from a finalizer.
+
+        :param release: how, in the loop; :meth:`release` by default
         """
         if self._loop is not None:
-            self._loop.post(self._release_abandoned, claim)
+            self._abandoned.append((claim, release or self.release))
+            if not self._loop.post(self._release_abandoned):
+                self._abandoned.clear()  # with the loop
 
-    def _release_abandoned(self, claim: Claim) -> None:
-        if claim.state in (WAITING, HELD):
-            self.release(claim)
+    def _release_abandoned(self) -> None:
+        while self._abandoned:
+            claim, release = self._abandoned.popleft()
+            if claim.state in (WAITING, HELD):
+                release(claim)
 
-    def drop(self, claim: Claim) -> None:
+    def drop(self, claim: Claim, release: Callable[[Claim], object] | None = None) -> None:
         """
         Release a claim whose holder was dropped, for finalizers: at once if that is safe, which
-        it is where the last reference went in the loop's thread, else soon.
+        it is where the last reference went in the loop's thread, else :meth:`abandon` it.
 
         The garbage collector runs finalizers in the middle of anything, also of the queue's own
         work, which must not find another piece gone than it put there.
         """
+        self.abandon(claim, release)
         if self._is_running_here() and not _is_interrupted():
-            self._release_abandoned(claim)
-        else:
-            self.abandon(claim)
+            self._release_abandoned()
 
     def leave(self, claim: Claim, reason: type[BaseException] | None) -> None:
         """
@@ -322,7 +339,12 @@ class ClaimLock:
     async def wait_for(self, claims: Sequence[Claim]) -> None:
         """Grant a request or wait until it is granted; cancelled, it leaves no trace."""
         lead = claims[0]
-        if self.queue.add(claims):
+        self._release_abandoned()
+        try:
+            granted = self.queue.add(claims)
+        except DeadlockError:
+            granted = await self._add_after_heirs(claims)
+        if granted:
             if self.must_yield():
                 await self.yield_holding(lead)
             return
@@ -340,6 +362,17 @@ class ClaimLock:
         if lead.state == GONE:
             assert self._closed is not None
             raise self._closed()
+
+    async def _add_after_heirs(self, claims: Sequence[Claim]) -> bool:
+        """
+        Ask again, when the tasks that were started just now have run: the half of a split hold
+        counts for the task that split it until another one takes it over.
+        """
+        for _ in range(_TURNS_FOR_A_HEIR):
+            await self.checkpoint()
+        if self._closed is not None:
+            raise self._closed()
+        return self.queue.add(claims)
 
     def _bind(self) -> bool:
         loop = current_event_loop()

@@ -138,6 +138,8 @@ def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
     It shares the caller's open file: its access mode, and the kernel's one report of a failed
     write-back.
     """
+    if filename is None:
+        filename = kernel.path_of(fd)
     with naming(filename):
         return File(kernel, kernel.duplicate(fd), filename)
 

@@ -49,6 +49,7 @@ from ._flush_batch import Failure, FlushLog, Ticket, length_inside, merge
 from ._mapping import Mapping
 from ._range_sets import outside
 from ._slow_log import log_if_slow
+from ._uncopyable import Uncopyable
 
 T = TypeVar("T")
 
@@ -465,7 +466,7 @@ class Flusher:
         return None if reach == limit else [(0, reach)]
 
 
-class PendingFlush:
+class PendingFlush(Uncopyable):
     """
     A write-back that was started; durable once :meth:`wait` has returned.
 

@@ -15,9 +15,10 @@ from ._mapping import Mapping
 from ._open_map import OpenMap
 from ._options import Advice
 from ._pins import Pins
-from ._ranges import check_length, check_range, pieces
+from ._ranges import check_length, check_part, check_range, pieces
 from ._searching import find
 from ._typing import Buffer
+from ._uncopyable import Uncopyable
 from ._window_stream import Windows
 
 WINDOW = 1 << 20
@@ -27,7 +28,7 @@ _RESIDENT_PIECE = 1 << 30
 """Bytes whose residency is asked for at once: 262 144 pages, a vector of 256 KiB."""
 
 
-class MapAccess:
+class MapAccess(Uncopyable):
     """Reading, writing, searching, flushing and paging of an open map."""
 
     __slots__ = ("__weakref__", "_core", "_pins")
@@ -201,7 +202,7 @@ class MapAccess:
         core = self._core
         core.check()
         size = check_length(size, "size")
-        offset, length = check_range(offset, length, core.mapping.length)
+        offset, length = check_part(offset, length, core.mapping.length)
         return Windows(core, size, offset, length)
 
     # Durability
@@ -269,7 +270,7 @@ class MapAccess:
         :raises OSError: what the disk says
         """
         core = self._core
-        offset, length = check_range(offset, length, self._checked().length)
+        offset, length = check_part(offset, length, self._checked().length)
         await core.loop.checkpoint()
         core.check()
         if not core.is_ready_nowait(offset, length, write=False):
@@ -284,7 +285,7 @@ class MapAccess:
         read is still under way are counted too.
         """
         core = self._core
-        offset, length = check_range(offset, length, self._checked().length)
+        offset, length = check_part(offset, length, self._checked().length)
         await core.loop.checkpoint()
         mapping = core.still_inside(offset, length)
         total = 0
@@ -312,7 +313,7 @@ class MapAccess:
         """
         advice = Advice.parse(advice)
         core = self._core
-        offset, length = check_range(offset, length, self._checked().length)
+        offset, length = check_part(offset, length, self._checked().length)
         await core.loop.checkpoint()
         mapping = core.still_inside(offset, length)
         if length:
@@ -329,7 +330,7 @@ class MapAccess:
         :raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK, with the limit
         """
         core = self._core
-        offset, length = check_range(offset, length, self._checked().length)
+        offset, length = check_part(offset, length, self._checked().length)
         await core.loop.checkpoint()
         mapping = core.still_inside(offset, length)
         if length:
@@ -343,7 +344,7 @@ class MapAccess:
         :raises ValueError: some of it is not pinned; nothing is unpinned
         """
         core = self._core
-        offset, length = check_range(offset, length, self._checked().length)
+        offset, length = check_part(offset, length, self._checked().length)
         await core.loop.checkpoint()
         mapping = core.still_inside(offset, length)
         if length:

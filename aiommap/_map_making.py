@@ -36,13 +36,12 @@ def map_file(
             f"cannot map the empty file {file.filename!r}: a map has at least one byte; "
             f"AsyncMmap.create makes a file of a given length"
         )
-    if length is None:
-        length = size - offset
-    if offset >= size or length > size - offset:
-        raise ValueError(
-            f"offset {offset} and length {length} are not inside the file of {size} bytes"
+    if offset >= size or (length is not None and length > size - offset):
+        given = (
+            f"offset {offset} is" if length is None else f"offset {offset} and length {length} are"
         )
-    return remap(file, protection, offset, length)
+        raise ValueError(f"{given} not inside the file of {size} bytes")
+    return remap(file, protection, offset, size - offset if length is None else length)
 
 
 def remap(file: File, protection: Protection, offset: int, length: int) -> Mapping:

@@ -25,7 +25,7 @@ from ._mapping import Mapping
 from ._open_map import MmapStatistics, OpenMap
 from ._opening import Opening
 from ._options import MmapOptions, Protection
-from ._ranges import as_int, check_length, check_range
+from ._ranges import as_int, check_length, check_part
 from ._view import MmapView, ViewOpening
 
 if TYPE_CHECKING:
@@ -434,7 +434,7 @@ class AsyncMmap(MapShape):
     ) -> MmapView:
         core = self._core
         core.check()
-        offset, length = check_range(offset, length, core.mapping.length)
+        offset, length = check_part(offset, length, core.mapping.length)
         claim = core.lock.acquire_nowait(offset, offset + length, exclusive)
         return MmapView(core, claim, offset, length, claim.owner, exclusive)
 

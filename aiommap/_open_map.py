@@ -27,7 +27,7 @@ from ._kernel import Kernel
 from ._mapped_memory import INLINE
 from ._mapping import Mapping
 from ._pager import Pager
-from ._wait_graph import HELD, Claim
+from ._wait_graph import Claim
 
 T = TypeVar("T")
 
@@ -215,7 +215,10 @@ class OpenMap:
 
     def write_nowait(self, offset: int, data: memoryview) -> bool:
         """Store few bytes, where that cannot wait."""
-        if not self.still_inside(offset, len(data)).write_nowait(offset, data):
+        mapping = self.still_inside(offset, len(data))
+        if not data.nbytes:
+            return True
+        if not mapping.write_nowait(offset, data):
             return False
         self.written = True
         self.loads_inline += 1
@@ -319,11 +322,10 @@ class OpenMap:
 
     def forget(self, claim: Claim) -> None:
         """A view was dropped without being closed; from any thread, at any moment."""
-        self.loop.post(self._leave_forgotten, claim)
+        self.lock.drop(claim, self._leave_forgotten)
 
     def _leave_forgotten(self, claim: Claim) -> None:
-        if claim.state == HELD:
-            self.leave(claim)
+        self.leave(claim)
         self.let_go_soon()
 
     # Flushes

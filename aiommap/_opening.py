@@ -6,6 +6,8 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
+from ._uncopyable import Uncopyable
+
 
 class _Nothing:
     """What is awaited where there is nothing to wait for: cheaper than a coroutine."""
@@ -33,7 +35,7 @@ class Closable(Protocol):
 C = TypeVar("C", bound=Closable)
 
 
-class Opening(Generic[C]):
+class Opening(Uncopyable, Generic[C]):
     """
     Something that will be opened when it is awaited or entered, once.
 

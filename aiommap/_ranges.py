@@ -34,22 +34,32 @@ def as_int(value: SupportsIndex, name: str) -> int:
 
 
 def check_range(
-    offset: SupportsIndex, length: SupportsIndex | None, size: int, what: str = "map"
+    offset: SupportsIndex, length: SupportsIndex, size: int, what: str = "map"
 ) -> tuple[int, int]:
     """
-    ``(offset, length)`` as ints that lie inside ``size`` bytes; length None is all the rest.
+    ``(offset, length)`` as ints that lie inside ``size`` bytes.
 
     :raises TypeError: for what is not an integer
     :raises ValueError: when the range is not inside; names the numbers
     """
     if type(offset) is not int or type(length) is not int:  # seldom
         offset = as_int(offset, "offset")
-        length = max(size - offset, 0) if length is None else as_int(length, "length")
+        length = as_int(length, "length")
     if not 0 <= offset <= size or not 0 <= length <= size - offset:
         raise ValueError(
             f"offset {offset} and length {length} are not inside the {what} of {size} bytes"
         )
     return offset, length
+
+
+def check_part(
+    offset: SupportsIndex, length: SupportsIndex | None, size: int, what: str = "map"
+) -> tuple[int, int]:
+    """As :func:`check_range`, where None for the length is all the rest."""
+    if length is None:
+        offset = as_int(offset, "offset")
+        length = max(size - offset, 0)
+    return check_range(offset, length, size, what)
 
 
 def check_length(length: SupportsIndex, name: str = "length") -> int:

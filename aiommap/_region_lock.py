@@ -18,10 +18,11 @@ from typing import NoReturn, Self, SupportsIndex
 from ._claim_lock import ClaimLock as ClaimLock
 from ._claim_lock import RegionLockStatistics as RegionLockStatistics
 from ._ranges import as_int
+from ._uncopyable import Uncopyable
 from ._wait_graph import Claim, spell
 
 
-class RegionLease:
+class RegionLease(Uncopyable):
     """
     A hold on the range ``[start, stop)`` of a :class:`RegionLock`.
 
@@ -31,8 +32,8 @@ class RegionLease:
     task of its event loop, but counts as a hold of one: the one that got it, or that entered
     it last (``async with lease:``), which is how another task takes it over.
 
-    A lease that is dropped without being released frees its range, a little later, and issues
-    a :exc:`ResourceWarning`.
+    A lease that is dropped without being released frees its range and issues a
+    :exc:`ResourceWarning`.
     """
 
     __slots__ = ("__weakref__", "_claim", "_lock")
@@ -150,7 +151,7 @@ class RegionLease:
             return
         if claim is not None:
             self._claim = None
-            self._lock.abandon(claim)
+            self._lock.drop(claim)
             warnings.warn(
                 f"a region lease of {spell(claim)} was dropped without being released",
                 ResourceWarning,
@@ -164,7 +165,7 @@ class RegionLease:
         return f"<{self.__class__.__name__} {spell(self._claim)}>"
 
 
-class RegionRequest:
+class RegionRequest(Uncopyable):
     """
     A request for a range: await it or enter it, once.
 
@@ -234,7 +235,7 @@ class RegionRequest:
         return f"<{self.__class__.__name__} {what}>"
 
 
-class RegionLock:
+class RegionLock(Uncopyable):
     """
     A fair readers-writer lock on ranges of integers, for the tasks of one event loop.
 

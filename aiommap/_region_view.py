@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import warnings
 from types import TracebackType
-from typing import Self, SupportsIndex, overload
+from typing import TYPE_CHECKING, Self, SupportsIndex, overload
 
 from . import _buffers
 from ._flusher import PendingFlush
 from ._open_map import OpenMap
-from ._ranges import check_range
+from ._ranges import check_part, check_range
 from ._typing import Buffer
+from ._uncopyable import Uncopyable
 from ._wait_graph import Claim
 
 _NO_STRAYS = _buffers.NONE
 
 
-class RegionView:
+class RegionView(Uncopyable):
     """What a view holds, and how that ends. Subclasses say who may use it."""
 
     __slots__ = (
@@ -150,6 +151,11 @@ class RegionView:
         else:
             self._buffer[key] = value  # type: ignore[call-overload]
 
+    if not TYPE_CHECKING:  # there it is an error as it is
+
+        def __delitem__(self, key):
+            raise TypeError("a view does not lose bytes by del: use restrict()")
+
     # Indexing would make it iterable, byte by byte and slowly; lines are what files give.
     __iter__ = None
 
@@ -266,7 +272,7 @@ class RegionView:
         :raises BufferError: buffers made from the view's are alive; the view stays usable
         """
         claim = self._use_in_loop()
-        n, rest = check_range(n, None, self._length, "view")
+        n, rest = check_part(n, None, self._length, "view")
         self._withdraw_buffer("split the view")
         self._claim = None
         left, right = self._core.lock.split(claim, self._offset + n)

@@ -12,9 +12,10 @@ from anyio import BusyResourceError, ClosedResourceError
 from . import _buffers
 from ._open_map import OpenMap
 from ._opening import NOTHING
-from ._ranges import as_int, check_range
+from ._ranges import as_int, check_part
 from ._region_view import RegionView
 from ._typing import Buffer
+from ._uncopyable import Uncopyable
 from ._wait_graph import Claim
 
 _LINE = 4096
@@ -243,7 +244,7 @@ class MmapView(View):
         return MmapView(self._core, claim, offset, length, None, self._writable)
 
 
-class ViewOpening:
+class ViewOpening(Uncopyable):
     """
     A view that will be taken when this is awaited or entered, once.
 
@@ -264,7 +265,7 @@ class ViewOpening:
         if core.closed:
             core.check()  # raises
         self._core: OpenMap | None = core
-        self._offset, self._length = check_range(offset, length, core.mapping.length)
+        self._offset, self._length = check_part(offset, length, core.mapping.length)
         self._exclusive = exclusive
         self._load = load
 
@@ -298,7 +299,12 @@ class ViewOpening:
         return view
 
     def __await__(self) -> Generator[Any, Any, MmapView]:
-        return self.__aenter__().__await__()
+        return self._take().__await__()
+
+    async def _take(self) -> MmapView:
+        view = await self.__aenter__()
+        del self._view  # so that dropping it is noticed
+        return view
 
     if TYPE_CHECKING:
         # As AbstractAsyncContextManager has it, for AsyncExitStack and its like.

@@ -13,6 +13,7 @@ from typing import Self
 
 from ._open_map import OpenMap
 from ._pager import Load
+from ._uncopyable import Uncopyable
 from ._wait_graph import Claim
 
 READ_AHEAD = 32 << 20
@@ -24,7 +25,7 @@ every size of window that was measured.
 _PIECE = 4 << 20
 
 
-class Windows:
+class Windows(Uncopyable):
     """
     The windows of a range, in order: ``async for window in m.windows():``.
 

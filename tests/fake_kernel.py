@@ -403,6 +403,9 @@ class FakeKernel:
         self._track(fd)
         return self._call(self.kernel.duplicate, "duplicate", fd)
 
+    def path_of(self, fd: int) -> str | None:
+        return self._call(self.kernel.path_of, "path_of", fd)
+
     def file_size(self, fd: int) -> int:
         self._track(fd)
         return self._call(self.kernel.file_size, "file_size", fd)

@@ -86,14 +86,14 @@ Call = Callable[[Any, Any], object]
 # What the call is made on, how, and the bad values for the argument.
 OF_A_MAP: dict[str, tuple[Call, list[Bad]]] = {
     "read_at offset": (lambda m, x: m.read_at(x, 1), [*INDEX, *MISSING]),
-    "read_at length": (lambda m, x: m.read_at(0, x), INDEX),
+    "read_at length": (lambda m, x: m.read_at(0, x), [*INDEX, *MISSING]),
     "readinto_at offset": (lambda m, x: m.readinto_at(x, bytearray(1)), [*INDEX, *MISSING]),
     "readinto_at buffer": (lambda m, x: m.readinto_at(0, x), [*NO_BUFFER, *READ_ONLY]),
     "write_at offset": (lambda m, x: m.write_at(x, b"x"), [*INDEX, *MISSING]),
     "write_at data": (lambda m, x: m.write_at(0, x), NO_BUFFER),
     "move dest": (lambda m, x: m.move(x, 0, 1), [*INDEX, *MISSING]),
     "move src": (lambda m, x: m.move(0, x, 1), [*INDEX, *MISSING]),
-    "move length": (lambda m, x: m.move(0, 1, x), INDEX),
+    "move length": (lambda m, x: m.move(0, 1, x), [*INDEX, *MISSING]),
     "find needle": (lambda m, x: m.find(x), NO_BUFFER),
     "find start": (lambda m, x: m.find(b"x", x), NOT_INTEGERS),
     "find end": (lambda m, x: m.find(b"x", 0, x), NOT_INTEGERS),
@@ -125,9 +125,9 @@ OF_A_MAP: dict[str, tuple[Call, list[Bad]]] = {
     "unpin offset": (lambda m, x: m.unpin(x), INDEX),
     "unpin length": (lambda m, x: m.unpin(0, x), INDEX),
     "flush_range offset": (lambda m, x: m.flush_range(x, 1), [*INDEX, *MISSING]),
-    "flush_range length": (lambda m, x: m.flush_range(0, x), INDEX),
+    "flush_range length": (lambda m, x: m.flush_range(0, x), [*INDEX, *MISSING]),
     "flush_async_range offset": (lambda m, x: m.flush_async_range(x, 1), [*INDEX, *MISSING]),
-    "flush_async_range length": (lambda m, x: m.flush_async_range(0, x), INDEX),
+    "flush_async_range length": (lambda m, x: m.flush_async_range(0, x), [*INDEX, *MISSING]),
     "resize length": (lambda m, x: m.resize(x), NOT_INTEGERS + NO_LENGTH + MISSING),
     "set_protection": (lambda m, x: m.set_protection(x), NO_PROTECTION),
 }
@@ -135,7 +135,7 @@ OF_A_MAP: dict[str, tuple[Call, list[Bad]]] = {
 OF_A_VIEW: dict[str, tuple[Call, list[Bad]]] = {
     "split_at": (lambda v, x: v.split_at(x), [*INDEX, *MISSING]),
     "restrict offset": (lambda v, x: v.restrict(x, 0), [*INDEX, *MISSING]),
-    "restrict length": (lambda v, x: v.restrict(0, x), INDEX),
+    "restrict length": (lambda v, x: v.restrict(0, x), [*INDEX, *MISSING]),
     "read": (lambda v, x: v.read(x), NOT_INTEGERS),
     "readinto": (lambda v, x: v.readinto(x), [*NO_BUFFER, *READ_ONLY]),
     "readline": (lambda v, x: v.readline(x), NOT_INTEGERS),
@@ -145,7 +145,7 @@ OF_A_VIEW: dict[str, tuple[Call, list[Bad]]] = {
     "seek from the end": (lambda v, x: v.seek(x, 2), NO_SEEK),
     "seek whence": (lambda v, x: v.seek(0, x), NO_WHENCE),
     "flush_range offset": (lambda v, x: v.flush_range(x, 1), INDEX),
-    "flush_range length": (lambda v, x: v.flush_range(0, x), INDEX),
+    "flush_range length": (lambda v, x: v.flush_range(0, x), [*INDEX, *MISSING]),
     "flush_async_range offset": (lambda v, x: v.flush_async_range(x, 1), INDEX),
     "index": (
         lambda v, x: v[x],
@@ -536,6 +536,7 @@ class TestDescriptors:
                 with nothing_changes(path), pytest.raises(OSError, match=r"\w") as caught:
                     await AsyncMmap.open(fd, protection)
                 assert caught.value.errno == number, (flags, protection)
+                assert caught.value.filename == str(path)
             finally:
                 os.close(fd)
         with pytest.raises(OSError, match="Bad file descriptor") as caught:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import anyio
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from aiommap import AsyncMmap, DeadlockError, TruncatedError, _byte_search, _searching
 
 from .content import file_of, inc
+from .fake_kernel import FakeKernel
+from .flushing import mapped_by
 
 pytestmark = pytest.mark.anyio
 
+PAGE = 4096
 N = 2_000_000  # several pieces of a search
 NEEDLE = b"the needle"
 
@@ -144,6 +148,43 @@ async def test_search_in_a_truncated_file(tmp_path: Path) -> None:
             await m.rfind(NEEDLE)
         assert await m.rfind(NEEDLE, 0, 1_000_000) == 100
         os.truncate(path, N)
+
+
+@pytest.mark.parametrize("size", [600_000, 600_001, 4096, 12])
+async def test_the_needle_is_just_before_the_end_of_a_truncated_file(
+    tmp_path: Path, size: int
+) -> None:
+    """To the last byte that is there, a needle before what cannot be read is found."""
+    path = file_of(tmp_path, N)
+    async with AsyncMmap.open_path(path, "r+") as m:
+        await m.write_at(size - len(NEEDLE), NEEDLE)
+        os.truncate(path, size)
+        assert await m.find(NEEDLE) == size - len(NEEDLE)
+        with pytest.raises(TruncatedError, match=f"reaches to byte {size} "):
+            await m.find(NEEDLE[1:] + b"!")
+        os.truncate(path, N)
+
+
+async def test_search_around_a_bad_page(tmp_path: Path) -> None:
+    """On either side of a page that cannot be read, search finds what comes before it."""
+    path = file_of(tmp_path, N)
+    kernel = FakeKernel()
+    bad = 100 * PAGE
+
+    def read(real: Callable[..., int], fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset <= bad < offset + sum(map(len, buffers)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    kernel.wrap("read", read)
+    async with mapped_by(kernel).open_path(path, "r+") as m:
+        for offset in (bad - len(NEEDLE), bad + PAGE):
+            await m.write_at(offset, NEEDLE)
+        assert await m.find(NEEDLE) == bad - len(NEEDLE)
+        assert await m.rfind(NEEDLE) == bad + PAGE
+        for call in (m.find, m.rfind):
+            with pytest.raises(OSError, match="Input/output error"):
+                await call(NEEDLE + b"!")
 
 
 async def test_cancelled_search(m: AsyncMmap) -> None:

@@ -106,7 +106,7 @@ async def test_files_of_every_kind(tmp_path: Path) -> None:
     try:
         async with AsyncMmap.open(fd) as m:
             assert await m.read_at(0, N) == inc(N)
-            assert repr(m) == f"<AsyncMmap of a file, {N} bytes from 0, READ, 0 views>"
+            assert repr(m) == f"<AsyncMmap of {str(path)!r}, {N} bytes from 0, READ, 0 views>"
     finally:
         os.close(fd)
     async with await anyio.open_file(path, "rb") as file, AsyncMmap.open(file) as m:
@@ -117,6 +117,7 @@ async def test_files_of_every_kind(tmp_path: Path) -> None:
         temporary.flush()
         async with AsyncMmap.open(temporary, "r+") as m:
             assert await m.read_at(0, N) == inc(N)
+            assert repr(m) == f"<AsyncMmap of a file, {N} bytes from 0, READ_WRITE, 0 views>"
     with open(path, "rb", buffering=0) as raw:
         async with AsyncMmap.open(raw) as m:
             assert len(m) == N

@@ -12,6 +12,7 @@ from aiommap._ranges import (
     LARGEST_OFFSET,
     as_int,
     check_length,
+    check_part,
     check_range,
     page_span,
     pieces,
@@ -73,15 +74,22 @@ def test_inside_is_what_the_contract_says(offset: int, length: int | None, size:
     inside = 0 <= offset <= size and (length is None or 0 <= length <= size - offset)
     if inside:
         expected = size - offset if length is None else length
-        assert check_range(offset, length, size) == (offset, expected)
+        assert check_part(offset, length, size) == (offset, expected)
+        assert length is None or check_range(offset, length, size) == (offset, expected)
         return
     with pytest.raises(ValueError, match="are not inside the map of") as caught:
-        check_range(offset, length, size)
+        check_part(offset, length, size)
     numbers = [int(word) for word in re.findall(r"-?\d+", str(caught.value))]
     assert numbers[0] == offset
     assert numbers[-1] == size
     if length is not None:
         assert numbers[1] == length
+
+
+def test_none_is_a_length_only_where_all_the_rest_makes_sense() -> None:
+    """Where a length has to be given None is a TypeError, as any other that is no integer."""
+    with pytest.raises(TypeError, match="length must be an integer, not None"):
+        check_range(0, None, 10)  # type: ignore[arg-type]
 
 
 def test_the_message_names_what_was_left() -> None:

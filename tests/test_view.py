@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import gc
+import pickle
 import sys
 import warnings
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +18,7 @@ import pytest
 from anyio import BusyResourceError, ClosedResourceError, WouldBlock, to_thread
 from anyio.lowlevel import checkpoint
 
-from aiommap import AsyncMmap, DeadlockError, MmapView, Protection
+from aiommap import AsyncMmap, DeadlockError, MmapView, Protection, RegionLock
 
 from .cancelling import on_asyncio
 from .content import file_of, inc, maps_of, only_linux
@@ -225,7 +227,7 @@ async def test_a_shared_view_takes_no_stores(m: AsyncMmap) -> None:
 async def test_deleting_items_is_not_possible(m: AsyncMmap) -> None:
     """A region does not shrink by ``del``."""
     async with m.view_mut(0, 10) as v:
-        with pytest.raises(AttributeError, match="__delitem__"):
+        with pytest.raises(TypeError, match="restrict"):
             del v[0]  # type: ignore[attr-defined]
 
 
@@ -878,6 +880,35 @@ async def test_a_dropped_view_warns_and_frees_its_region(m: AsyncMmap) -> None:
     assert not await free(m, 0, 5)
     await left.aclose()
     assert m.statistics().views == 0
+
+
+async def test_a_task_may_have_at_once_what_it_dropped(m: AsyncMmap) -> None:
+    """The region of a dropped view, half or sync view is free for the same task in the next
+    line, whichever way it was taken."""
+    request = m.view_mut(0, 10)
+    views = [await request, m.view_mut_nowait(10, 10), *(await m.view_mut(20, 10)).split_at(5)]
+    while views:
+        offset, length = views[-1].offset, len(views[-1])
+        with pytest.warns(ResourceWarning, match="was dropped without"):
+            views.pop()
+        assert m.statistics().views == len(views)
+        await m.write_at(offset, bytes(length))
+        async with m.view_mut(offset, length), m.view(offset + length, 0):
+            pass
+
+
+async def test_views_are_not_copied(m: AsyncMmap) -> None:
+    """A copy would give the region back a second time: copying and pickling are a TypeError."""
+    async with m.view_mut(0, 10) as v, m.windows(10, offset=10) as windows:
+        pending = await m.flush_async()
+        lock = RegionLock()
+        lease = await lock.exclusive(0, 10)
+        for each in (m, v, m.view(20, 1), windows, pending, lock, lease, lock.shared(20, 21),
+                     AsyncMmap.anonymous(1)):  # fmt: skip
+            for way in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match=f"cannot .* {type(each).__name__}"):
+                    way(each)
+        lease.release()
 
 
 @only_linux

@@ -46,6 +46,7 @@ from ._portable import map_memory as map_memory
 from ._portable import memory_file as memory_file
 from ._portable import move as move
 from ._portable import page_size as page_size
+from ._portable import path_of as path_of
 from ._portable import pin as pin
 from ._portable import pin_limit as pin_limit
 from ._portable import populate_read as populate_read

@@ -171,6 +171,15 @@ def duplicate(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
 
 
+def path_of(fd: int) -> str | None:
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # no such descriptor, or no /proc
+        return None
+    # Pipes, sockets and files in memory have other names, files without one this ending.
+    return path if path.startswith("/") and not path.endswith(" (deleted)") else None
+
+
 def file_size(fd: int) -> int:
     return os.fstat(fd).st_size
 

@@ -125,6 +125,10 @@ def duplicate(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
 
 
+def path_of(fd: int) -> str | None:
+    return None  # POSIX does not tell
+
+
 def file_size(fd: int) -> int:
     return os.fstat(fd).st_size
 

@@ -66,6 +66,9 @@ class Kernel(Protocol):
     def duplicate(self, fd: int) -> int:
         """A second descriptor of the same open file, closed on exec."""
 
+    def path_of(self, fd: int) -> str | None:
+        """What the open file is called, where the platform tells; never waits."""
+
     def file_size(self, fd: int) -> int:
         """Bytes of the file now."""
 

@@ -201,6 +201,10 @@ def duplicate(fd: int) -> int:
     return os.dup(fd)
 
 
+def path_of(fd: int) -> str | None:
+    return None  # GetFinalPathNameByHandle may ask a server
+
+
 def file_size(fd: int) -> int:
     return os.fstat(fd).st_size
 
