@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,14 @@ Bytes that are being read ahead of the window in hand: 8 pieces of 4 MiB kept th
 every size of window that was measured.
 """
 
-_PIECE = 4 << 20
+_FIRST_PIECE = 4 << 20
+_LARGEST_PIECE = 16 << 20
+"""Bytes that are loaded with one call in a worker, doubled from piece to piece: a hop of 100 us
+for each 4 MiB would be a tenth of what a checksum over them takes."""
+
+_FRESH = 0.01
+"""Seconds for which a window that was loaded ahead counts as loaded: as long as 32 windows of
+1 MiB take where nothing has to be read. Then it is looked up again."""
 
 
 class Windows(Uncopyable):
@@ -39,9 +47,13 @@ class Windows(Uncopyable):
         "__weakref__",
         "_claim",
         "_core",
+        "_doubtful_until",
         "_end",
+        "_last_step",
+        "_loaded_until",
         "_loads",
         "_loads_end",
+        "_piece",
         "_position",
         "_size",
         "_window",
@@ -54,10 +66,14 @@ class Windows(Uncopyable):
         self._end = offset + length
         self._claim: Claim | None = None
         self._window: memoryview | None = None
-        # Pieces that are loaded, in order, and where the last of them ends. None until a window is
-        # found that is not in memory: what is there already needs no read-ahead.
+        # Pieces that are being loaded, in order; where the last one ends; how large the next is.
         self._loads: deque[Load] = deque()
-        self._loads_end: int | None = None
+        self._loads_end = offset
+        self._piece = _FIRST_PIECE
+        # Up to here they were waited for, and up to here windows are to be looked up all the same.
+        self._loaded_until = offset
+        self._doubtful_until = offset
+        self._last_step = 0.0
 
     def __aiter__(self) -> Self:
         return self
@@ -95,13 +111,16 @@ class Windows(Uncopyable):
                 lock.leave(claim, type(error))
                 raise
         try:
-            if self._loads_end is None and not core.is_ready_nowait(start, stop - start):
-                self._loads_end = start
-            if self._loads_end is not None:
+            mapping = core.still_inside(start, stop - start)
+            if stop > self._loaded_until:
                 await self._load(start, stop)
-            window = self._window = core.still_inside(start, stop - start).buffer(
-                start, stop - start, False
-            )
+            now = monotonic()
+            if start < self._doubtful_until or now > self._last_step + _FRESH:
+                await self._look_up(start, stop)
+            self._last_step = now
+            if self._loads_end + self._piece <= stop + READ_AHEAD:
+                self._read_ahead(stop)
+            window = self._window = mapping.buffer(start, stop - start, False)
         except BaseException as error:
             self._claim = None
             lock.leave(claim, type(error))
@@ -110,27 +129,46 @@ class Windows(Uncopyable):
         return window
 
     async def _load(self, start: int, stop: int) -> None:
+        """Have the window's pages loaded ahead, or find them in memory where it all begins."""
         core = self._core
-        self._read_ahead(max(stop, min(start + READ_AHEAD, self._end)))
-        while self._loads and self._loads[0].offset < stop:
-            load = self._loads.popleft()  # cancelled, nobody can wait for it again
-            with suppress(OSError):  # what is wrong may be in another window of the piece
+        if self._last_step == 0 and core.is_ready_nowait(start, stop - start):
+            # They may all be there: a short range needs no worker then, and a long one has a
+            # head start.
+            stop = max(stop, min(start + _FIRST_PIECE, self._end))
+            self._loads_end = self._loaded_until = self._doubtful_until = stop
+            return
+        self._read_ahead(stop)
+        while self._loaded_until < stop and self._loads:
+            load = self._loads.popleft()
+            end = load.offset + load.length
+            try:
                 await core.pager.wait(load)
-            if load.offset + load.length > stop:
-                self._loads.appendleft(load)  # the next window is in it, too
-                break
+            except BaseException as error:
+                # What is wrong may be in another window of the piece; and if this is cancelled,
+                # nobody can wait for it again.
+                self._doubtful_until = end
+                if not isinstance(error, OSError):
+                    raise
+            finally:
+                self._loaded_until = end
+
+    async def _look_up(self, start: int, stop: int) -> None:
+        core = self._core
         if not core.mapping.is_loaded_nowait(start, stop - start):
-            # Read ahead and gone again, or there is a reason, and it comes from here.
+            # Gone again, or there is a reason, and it comes from here.
             await core.pager.load(core.mapping, start, stop - start)
 
-    def _read_ahead(self, until: int) -> None:
-        assert self._loads_end is not None
+    def _read_ahead(self, stop: int) -> None:
+        """Begin to load up to ``stop``, and what fits into READ_AHEAD behind it."""
         mapping = self._core.mapping
         end = min(self._end, mapping.length)
-        while self._loads_end < until and self._loads_end < end:
-            count = min(_PIECE, end - self._loads_end)
+        while self._loads_end < end:
+            count = min(self._piece, end - self._loads_end)
+            if self._loads_end >= stop and self._loads_end + count > stop + READ_AHEAD:
+                break
             self._loads.append(self._core.pager.load_soon(mapping, self._loads_end, count))
             self._loads_end += count
+            self._piece = min(2 * self._piece, _LARGEST_PIECE)
 
     def _drop_loads(self) -> None:
         while self._loads:
