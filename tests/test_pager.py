@@ -15,12 +15,13 @@ from pathlib import Path
 import anyio
 import pytest
 from anyio import CapacityLimiter, to_thread
+from anyio.abc import TaskGroup
 
-from aiommap import AsyncMmap, MmapStatistics, Protection, TruncatedError, _mapping, _pager
+from aiommap import AsyncMmap, MmapStatistics, Protection, TruncatedError, _mapped_memory, _pager
 
 from .cancelling import let_others_run, on_asyncio
 from .content import file_of, inc
-from .fake_kernel import FakeKernel
+from .fake_kernel import FakeKernel, Hold
 from .flushing import entered, mapped_by
 from .processes import run_python
 
@@ -265,6 +266,29 @@ class TestCancellation:
                     await over.wait()
             file.heal()
 
+    @pytest.mark.parametrize("call", ["read_at", "view.read"])
+    async def test_a_cancelled_read_writes_to_memory_of_its_own(
+        self, tmp_path: Path, call: str
+    ) -> None:
+        """What a worker still reads for a task that has left lands in nobody else's memory."""
+        kernel = cold_kernel()
+        size = 600 << 10  # freed, it goes back to the system, and the next one gets it
+        async with mapped_by(kernel).open_path(file_of(tmp_path, b"x" * MIB)) as m:
+            for _ in range(5):
+                with kernel.hold("read") as hold:
+                    async with anyio.create_task_group() as tg, m.view(0, load=False) as v:
+                        if call == "read_at":
+                            tg.start_soon(m.read_at, 0, size)
+                            await entered(hold)
+                        else:
+                            tg.start_soon(cancel_when, hold, tg)
+                            await v.read(size)
+                        tg.cancel_scope.cancel()
+                    mine = [bytearray(size) for _ in range(8)]
+                while hold.waiting or not no_thread_works_for(m):
+                    await anyio.lowlevel.checkpoint()
+                assert not any(map(any, mine))
+
     async def test_a_cancelled_load_stops_between_two_pieces(self, tmp_path: Path) -> None:
         """A load of many pieces asks for none after the one under way."""
         kernel = cold_kernel()
@@ -293,6 +317,16 @@ class TestCancellation:
             assert await m.read_at(200 * PAGE, PAGE) == inc(PAGE)
             # The two that were under way, and the last one.
             assert len(kernel.names("populate_read")) <= 3
+
+
+async def cancel_when(hold: Hold, tasks: TaskGroup) -> None:
+    await entered(hold)
+    tasks.cancel_scope.cancel()
+
+
+def no_thread_works_for(m: AsyncMmap) -> bool:
+    """Whether no thread works for the map."""
+    return m._core.pager._crew._performing == 0
 
 
 async def access(m: AsyncMmap, call: str, offset: int = 0) -> object:
@@ -590,7 +624,7 @@ class TestLooks:
         """If starting reads takes long, looks do not start any for half a second."""
         now = [100.0]
         seconds = 0.002
-        monkeypatch.setattr(_mapping, "monotonic", lambda: now[0])
+        monkeypatch.setattr(_mapped_memory, "monotonic", lambda: now[0])
         kernel = FakeKernel()
         kernel.before("read_nowait", lambda call: now.__setitem__(0, now[0] + seconds))
         kernel.fail("read_nowait", errno.EAGAIN)

@@ -83,8 +83,12 @@ def new_bytes(length: int) -> tuple[bytes, memoryview]:
     of a bytearray, which would hold the GIL for as long as it takes (100 ms and more for a
     GiB). Nobody else may see the object before it is full, as the C API asks
     (https://docs.python.org/3/c-api/bytes.html#c.PyBytes_FromStringAndSize).
+
+    The memory keeps the object alive: a task that was cancelled lets go of both while a worker
+    still writes to a part of the memory.
     """
     data: bytes = _new_bytes(None, length)
-    # SAFETY: the array is as long as the object, and the caller keeps the object.
+    # SAFETY: the array is as long as the object, and keeps it.
     memory = (ctypes.c_char * length).from_address(address_of(data))
+    memory.of = data  # type: ignore[attr-defined]
     return data, memoryview(memory).cast("B")
