@@ -6,12 +6,12 @@ batch. A request that is abandoned goes on by itself; it owns what it touches.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -19,7 +19,7 @@ import anyio
 from anyio import CapacityLimiter
 
 from ._event_loop import EventLoop
-from ._workers import LastCall, Work, acquire_token, start, without_frames
+from ._workers import LastCall, Work, acquire_token, return_token, start, without_frames
 
 LINGER_SECONDS = 0.002
 """How long a crew's thread without work keeps its token: its end and another's start cost the
@@ -69,6 +69,21 @@ class Request(Work):
         """Let go of what it touches: it is done, or will not be. From any thread."""
 
 
+class _Seat:
+    """
+    A thread's place in a crew: its token of the limiter, and how it is called while it lingers.
+
+    :ivar token: None when it was given back
+    """
+
+    __slots__ = ("bell", "token")
+
+    def __init__(self, token: object) -> None:
+        self.token: object | None = token
+        self.bell = threading.Lock()
+        self.bell.acquire()
+
+
 R = TypeVar("R", bound=Request)
 
 
@@ -111,7 +126,8 @@ class Crew(Generic[R]):
         self._waiting: deque[R] = deque()
         self._announced = 0  # the first so many of those were announced
         self._some = 1  # how many are done together
-        self._lingering: list[threading.Lock] = []  # the bells of threads without work
+        self._lingering: list[_Seat] = []  # of threads without work
+        self._closed = False
         self._asked_for_help = False
         self._performing = 0  # threads that may be waiting for the disk
         # Between the loop and the threads: who takes the last request, and whether a request
@@ -133,14 +149,14 @@ class Crew(Generic[R]):
 
         :raises RuntimeError: when the system gives no thread; then it is not done
         """
-        bell = None
+        seat = None
         with self._lock:
             self._waiting.append(request)
             if self._lingering:
-                bell = self._lingering.pop()
+                seat = self._lingering.pop()
             wanted = self._is_help_wanted()
-        if bell is not None:
-            bell.release()
+        if seat is not None:
+            seat.bell.release()
         elif wanted:
             try:
                 self._hire()
@@ -217,6 +233,21 @@ class Crew(Generic[R]):
                 self._waiting = deque(each for each in self._waiting if not each._abandoned)
                 self._dropped = 0
 
+    def close(self) -> None:
+        """
+        Send the threads without work away, and have no more of them linger.
+
+        The event loop may end right after the map: then nobody would take their tokens back.
+        """
+        self._closed = True
+        with self._lock:
+            seats, self._lingering = self._lingering, []
+            self._active -= len(seats)
+        for seat in seats:
+            token, seat.token = seat.token, None
+            self._limiter.release_on_behalf_of(token)
+            seat.bell.release()
+
     def _hire(self) -> None:
         token = object()
         try:
@@ -255,7 +286,7 @@ class Crew(Generic[R]):
             self._active += wanted
         try:
             if wanted:
-                start(lambda: self._work(token))
+                start(partial(self._work, _Seat(token)))
         except BaseException:
             wanted = False
             with self._lock:
@@ -267,21 +298,50 @@ class Crew(Generic[R]):
             if not wanted:
                 self._limiter.release_on_behalf_of(token)
 
-    def _work(self, token: object) -> LastCall:
-        done: Sequence[R] = ()
+    def _work(self, seat: _Seat) -> LastCall:
         if self._perform is None:
-            self._work_off()
+            done = self._work_off(seat)
         else:
+            done = self._work_in_batches(self._perform)
+        # In one call where there is nothing left to do: each wakes the loop, which then wants
+        # the interpreter while this thread still has it (50 us and more for who waits).
+        return LastCall(partial(self._leave, done, seat))
+
+    def _leave(self, done: Sequence[R], seat: _Seat) -> None:
+        posted = self._loop.post(self._deliver_and_retire, done, seat)
+        if not posted and seat.token is not None:
+            return_token(self._limiter, seat.token)
+
+    def _work_in_batches(
+        self, perform: Callable[[list[R]], Generator[Sequence[R], None, Sequence[R]]]
+    ) -> Sequence[R]:
+        """Do what waits; gives what is still to be delivered."""
+        done: Sequence[R] = ()
+        try:
             requests = self._take()
             while requests:
-                done = self._perform_batch(requests, self._perform(requests))
+                done = self._perform_batch(requests, perform(requests))
                 requests = self._take()
                 if requests:
                     self._loop.post(self._deliver, done)
                     done = ()
-        # In one call where there is nothing left to do: each wakes the loop, which then wants
-        # the interpreter while this thread still has it (50 us and more for who waits).
-        return LastCall(functools.partial(self._loop.post, self._deliver_and_retire, done, token))
+        except BaseException as exc:
+            return [*done, *self._break_off([], exc)]
+        return done
+
+    def _break_off(
+        self, requests: Sequence[R], error: BaseException, *, performing: bool = False
+    ) -> Sequence[R]:
+        """
+        The thread ends because of something that nobody has thought of, or for want of memory:
+        who waits for it gets the error, and if that is nobody, who waits next. Then an error
+        that comes again and again leaves nobody waiting.
+        """
+        with self._lock:
+            self._active -= 1
+            self._performing -= performing
+            self._asked_for_help = False
+            return self._spoilt(requests or self._pop(self._batch), error)
 
     def _perform_batch(
         self, requests: Sequence[R], steps: Generator[Sequence[R], None, Sequence[R]]
@@ -303,17 +363,17 @@ class Crew(Generic[R]):
                 request.error = error
         return requests
 
-    def _deliver_and_retire(self, requests: Sequence[R], token: object) -> None:
+    def _deliver_and_retire(self, requests: Sequence[R], seat: _Seat) -> None:
         self._deliver(requests)
-        self._retire(token)
+        if seat.token is not None:
+            self._retire(seat.token)
 
     # Without a perform of its own
 
     def announce(self, requests: Sequence[R]) -> None:
         """Start what the requests will need, without waiting. In a worker."""
         for request in requests:
-            with suppress(Exception):  # a hint; what is wrong comes up again
-                request.announce()
+            request.announce()
 
     def perform_some(self, requests: Sequence[R]) -> None:
         """Do a few requests that were announced, in a worker."""
@@ -323,45 +383,52 @@ class Crew(Generic[R]):
             except BaseException as exc:
                 request.error = without_frames(exc)
 
-    def _work_off(self) -> None:
+    def _work_off(self, seat: _Seat) -> Sequence[R]:
         """
-        Do what waits, a few requests at a time. What nobody works on yet stays in the queue,
-        announced, so that a request which takes long holds up no more than those beside it.
+        Do what waits, a few requests at a time; gives what is still to be delivered. What nobody
+        works on yet stays in the queue, announced, so that a request which takes long holds up
+        no more than those beside it.
         """
         post = self._loop.post
-        bell = threading.Lock()
-        bell.acquire()
-        while True:
-            fresh = self._begin_announcing()
-            if fresh:
-                self.announce(fresh)
-            with self._lock:
-                some = self._some
-                requests: list[R] = []
-                # The last of several threads leaves waiting to the others.
-                if self._may_perform():
-                    requests = self._pop(some)
-                    self._performing += bool(requests)
-                help_wanted = self._is_help_wanted() and not self._asked_for_help
-                self._asked_for_help |= help_wanted
-            if help_wanted:
-                post(self._help)
-            if not requests:
-                if self._linger(bell):
-                    continue
-                return
-            began = time.monotonic()
-            try:
-                self.perform_some(requests)
-            except BaseException as exc:
-                self._spoilt(requests, exc)
-            took = time.monotonic() - began
-            self._performing_ends()
-            post(self._deliver, requests)
-            if took > SLOW_SECONDS:
-                self._some = max(some // 2, 1)
-            elif took < QUICK_SECONDS and len(requests) == some:
-                self._some = min(some * 2, MOST_TOGETHER)
+        requests: list[R] = []
+        performing = False
+        try:
+            while True:
+                fresh = self._begin_announcing()
+                if fresh:
+                    with suppress(Exception):  # a hint; what is wrong comes up again
+                        self.announce(fresh)
+                with self._lock:
+                    some = self._some
+                    # The last of several threads leaves waiting to the others.
+                    if self._may_perform():
+                        requests = self._pop(some)
+                        performing = bool(requests)
+                        self._performing += performing
+                    help_wanted = self._is_help_wanted() and not self._asked_for_help
+                    self._asked_for_help |= help_wanted
+                if help_wanted:
+                    post(self._help)
+                if not requests:
+                    if self._linger(seat):
+                        continue
+                    return ()
+                began = time.monotonic()
+                try:
+                    self.perform_some(requests)
+                except BaseException as exc:
+                    self._spoilt(requests, exc)
+                took = time.monotonic() - began
+                self._performing_ends()
+                performing = False
+                if took > SLOW_SECONDS:
+                    self._some = max(some // 2, 1)
+                elif took < QUICK_SECONDS and len(requests) == some:
+                    self._some = min(some * 2, MOST_TOGETHER)
+                post(self._deliver, requests)
+                requests = []
+        except BaseException as exc:
+            return self._break_off(requests, exc, performing=performing)
 
     def _has_work(self) -> bool:
         """Whether there is something to do for one thread more."""
@@ -380,24 +447,23 @@ class Crew(Generic[R]):
         """Whether there is something to do while all threads may be waiting for the disk."""
         return self._performing == self._active < self._threads and self._has_work()
 
-    def _linger(self, bell: threading.Lock) -> bool:
+    def _linger(self, seat: _Seat) -> bool:
         """Wait a moment for more, which saves a thread's end and another's start."""
         with self._lock:
             if not self._yielding and self._has_work():
                 return True
-            if self._yielding or self._limiter.available_tokens < 1:
+            if self._yielding or self._closed or self._limiter.available_tokens < 1:
                 self._active -= 1
                 return False
-            self._lingering.append(bell)
-        if bell.acquire(timeout=LINGER_SECONDS):
-            return True
-        with self._lock:
-            if bell in self._lingering:
-                self._lingering.remove(bell)
-                self._active -= 1
-                return False
-        bell.acquire()  # it is being rung
-        return True
+            self._lingering.append(seat)
+        if not seat.bell.acquire(timeout=LINGER_SECONDS):
+            with self._lock:
+                if seat in self._lingering:
+                    self._lingering.remove(seat)
+                    self._active -= 1
+                    return False
+            seat.bell.acquire()  # it is being rung
+        return seat.token is not None  # else it was sent away
 
     def _help(self) -> None:
         """A thread leaves requests to others, because it may have to wait for the disk."""

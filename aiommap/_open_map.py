@@ -449,6 +449,7 @@ class OpenMap:
         if not self.closed or self.views or self._ending or mapping is None:
             return []
         self._mapping = None
+        self.pager.close()
         return [mapping]
 
     def replace(self, mapping: Mapping) -> list[Mapping]:

@@ -177,6 +177,10 @@ class Pager:
         self.loads: int = 0
         self.bytes_loaded: int = 0
 
+    def close(self) -> None:
+        """The map is gone: no thread waits for more to do. What is under way goes on."""
+        self._crew.close()
+
     def _pieces(self, offset: int, length: int, *, backwards: bool = False) -> Iterator[range]:
         """A range in consecutive pieces, each as large as the disk allows by then."""
         end = offset + length

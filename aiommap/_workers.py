@@ -213,7 +213,8 @@ class _Job(Work, Generic[T]):
         except BaseException as exc:
             self.error = without_frames(exc)
         del call
-        self._loop.post(self.deliver)
+        if not self._loop.post(self.deliver) and self.limiter is not None:
+            return_token(self.limiter, self)
 
 
 def without_frames(error: BaseException) -> BaseException:
@@ -268,6 +269,16 @@ async def acquire_token(limiter: CapacityLimiter, borrower: object) -> None:
             limiter.total_tokens += 1  # which wakes one
             limiter.total_tokens -= 1
         raise
+
+
+def return_token(limiter: CapacityLimiter, borrower: object) -> None:
+    """
+    Give a token back in a thread, because the event loop is over that would do it.
+
+    The limiter is nobody's now, or it is used again by the next event loop.
+    """
+    with suppress(RuntimeError):  # trio's, where a task of the next loop waits for a token
+        limiter.release_on_behalf_of(borrower)
 
 
 @forgetful
