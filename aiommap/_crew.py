@@ -34,6 +34,9 @@ was quick, fewer after one that was slow, because one of them may keep the other
 hand-over wakes the loop, for 5 us, and takes the GIL from it, for 10 and more.
 """
 
+_TRIES_TO_LEAVE = 100
+"""How often a thread tries to tell the event loop of its end where there is no memory for that."""
+
 
 class Request(Work):
     """
@@ -308,9 +311,12 @@ class Crew(Generic[R]):
         return LastCall(partial(self._leave, done, seat))
 
     def _leave(self, done: Sequence[R], seat: _Seat) -> None:
-        posted = self._loop.post(self._deliver_and_retire, done, seat)
-        if not posted and seat.token is not None:
-            return_token(self._limiter, seat.token)
+        for _ in range(_TRIES_TO_LEAVE):
+            with suppress(MemoryError):
+                posted = self._loop.post(self._deliver_and_retire, done, seat)
+                if not posted and seat.token is not None:
+                    return_token(self._limiter, seat.token)
+                return
 
     def _work_in_batches(
         self, perform: Callable[[list[R]], Generator[Sequence[R], None, Sequence[R]]]
@@ -365,8 +371,9 @@ class Crew(Generic[R]):
 
     def _deliver_and_retire(self, requests: Sequence[R], seat: _Seat) -> None:
         self._deliver(requests)
-        if seat.token is not None:
-            self._retire(seat.token)
+        token, seat.token = seat.token, None
+        if token is not None:  # else it comes twice, or was sent away
+            self._retire(token)
 
     # Without a perform of its own
 
