@@ -19,7 +19,15 @@ import anyio
 from anyio import CapacityLimiter
 
 from ._event_loop import EventLoop
-from ._workers import LastCall, Work, acquire_token, return_token, start, without_frames
+from ._workers import (
+    LastCall,
+    Work,
+    acquire_token,
+    post_surely,
+    return_token,
+    start,
+    without_frames,
+)
 
 LINGER_SECONDS = 0.002
 """How long a crew's thread without work keeps its token: its end and another's start cost the
@@ -33,9 +41,6 @@ How many requests a thread does at once and hands back together: more after each
 was quick, fewer after one that was slow, because one of them may keep the others waiting. Each
 hand-over wakes the loop, for 5 us, and takes the GIL from it, for 10 and more.
 """
-
-_TRIES_TO_LEAVE = 100
-"""How often a thread tries to tell the event loop of its end where there is no memory for that."""
 
 
 class Request(Work):
@@ -311,12 +316,9 @@ class Crew(Generic[R]):
         return LastCall(partial(self._leave, done, seat))
 
     def _leave(self, done: Sequence[R], seat: _Seat) -> None:
-        for _ in range(_TRIES_TO_LEAVE):
-            with suppress(MemoryError):
-                posted = self._loop.post(self._deliver_and_retire, done, seat)
-                if not posted and seat.token is not None:
-                    return_token(self._limiter, seat.token)
-                return
+        posted = post_surely(self._loop, self._deliver_and_retire, done, seat)
+        if not posted and seat.token is not None:
+            return_token(self._limiter, seat.token)
 
     def _work_in_batches(
         self, perform: Callable[[list[R]], Generator[Sequence[R], None, Sequence[R]]]

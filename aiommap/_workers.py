@@ -40,6 +40,9 @@ DEFAULT_THREADS = 40
 IDLE_SECONDS = 2.0
 """How long a thread without work stays. Out of the air: a new one costs 0.1 ms."""
 
+_TRIES = 1000
+"""How often a thread tries to tell the event loop of its end. Others free memory meanwhile."""
+
 _default_limiter: RunVar[CapacityLimiter] = RunVar("aiommap_limiter")
 
 
@@ -201,8 +204,9 @@ class _Job(Work, Generic[T]):
         self.result: T | None = None
 
     def deliver(self) -> None:
-        if self.limiter is not None:
-            self.limiter.release_on_behalf_of(self)
+        limiter, self.limiter = self.limiter, None
+        if limiter is not None:
+            limiter.release_on_behalf_of(self)
         super().deliver()
 
     def __call__(self) -> None:
@@ -213,7 +217,7 @@ class _Job(Work, Generic[T]):
         except BaseException as exc:
             self.error = without_frames(exc)
         del call
-        if not self._loop.post(self.deliver) and self.limiter is not None:
+        if not post_surely(self._loop, self.deliver) and self.limiter is not None:
             return_token(self.limiter, self)
 
 
@@ -269,6 +273,16 @@ async def acquire_token(limiter: CapacityLimiter, borrower: object) -> None:
             limiter.total_tokens += 1  # which wakes one
             limiter.total_tokens -= 1
         raise
+
+
+def post_surely(loop: EventLoop, callback: Callable[[*Args], object], *args: *Args) -> bool:
+    """
+    As ``loop.post()``, also where there is hardly any memory left; ``callback`` may come twice.
+    """
+    for _ in range(_TRIES):
+        with suppress(MemoryError):
+            return loop.post(callback, *args)
+    return False
 
 
 def return_token(limiter: CapacityLimiter, borrower: object) -> None:
