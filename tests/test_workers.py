@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, _crew, _workers
 from aiommap._crew import Crew, Request
@@ -77,6 +78,13 @@ async def when_idle(limiter: CapacityLimiter) -> int:
             break
         await to_thread.run_sync(lambda: None)
     return limiter.borrowed_tokens
+
+
+async def lingering(crew: Crew[Errand], threads: int) -> None:
+    """Wait until so many threads of a crew wait for more to do."""
+    with anyio.fail_after(PATIENCE):
+        while len(crew._lingering) != threads:
+            await checkpoint()
 
 
 class TestRun:
@@ -535,6 +543,77 @@ class TestCrew:
         await crew.do(Errand())
         assert await when_idle(limiter) == 0
 
+    @pytest.mark.parametrize("where", ["_begin_announcing", "announce", "_linger", "_take"])
+    async def test_a_thread_breaks_off(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wherever a thread fails, for want of memory say: nobody is left waiting, the token comes
+        back, and the crew works on."""
+
+        def perform(requests: list[Errand]) -> Generator[list[Errand], None, list[Errand]]:
+            yield from ()
+            return requests
+
+        limiter = CapacityLimiter(1)
+        own = perform if where == "_take" else None
+        crew: Crew[Errand] = Crew(current_event_loop(), limiter, threads=1, batch=64, perform=own)
+        outcomes: list[str] = []
+
+        async def caller() -> None:
+            try:
+                await crew.do(Errand())
+                outcomes.append("done")
+            except MemoryError:
+                outcomes.append("error")
+
+        with monkeypatch.context() as patch, anyio.fail_after(PATIENCE):
+            patch.setattr(crew, where, _raiser(MemoryError()))
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(caller)
+        assert len(outcomes) == 20
+        assert (outcomes.count("error") > 0) == (where in ("_begin_announcing", "_take"))
+        await crew.do(Errand())
+        assert await when_idle(limiter) == 0
+
+    async def test_no_memory_to_tell_the_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A thread tries again and again to hand back what it did."""
+        loop = current_event_loop()
+        limiter = CapacityLimiter(1)
+        crew: Crew[Errand] = Crew(loop, limiter, threads=1, batch=64)
+        left = 30
+
+        class Forgetful:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(loop, name)
+
+            def post(self, *args: Any) -> bool:
+                nonlocal left
+                left -= 1
+                if left > 0:
+                    raise MemoryError
+                return loop.post(*args)
+
+        monkeypatch.setattr(crew, "_loop", Forgetful())
+        with anyio.fail_after(PATIENCE):
+            with pytest.raises(MemoryError):
+                await crew.do(Errand())
+            assert await when_idle(limiter) == 0
+            await crew.do(Errand())
+        assert await when_idle(limiter) == 0
+
+    async def test_closed_it_keeps_no_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After close() a thread that waits for more to do has no token, nor waits the next."""
+        monkeypatch.setattr(_crew, "LINGER_SECONDS", PATIENCE)
+        limiter = CapacityLimiter(3)
+        crew = new_crew(limiter)
+        await crew.do(Errand())
+        await lingering(crew, 1)
+        assert limiter.borrowed_tokens == 1
+        crew.close()
+        assert limiter.borrowed_tokens == 0
+        await crew.do(Errand())
+        assert not crew._lingering
+        assert await when_idle(limiter) == 0
+
     async def test_cancelled_before_a_thread_took_it(self) -> None:
         """It is not done, and lets go of what it would have touched."""
         crew = new_crew()
@@ -891,6 +970,38 @@ class TestThreads:
         """
         result = run_python(code)
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    @pytest.mark.parametrize("how", ["run", "crew"])
+    def test_a_token_comes_back_after_the_loop_has_ended(self, backend: str, how: str) -> None:
+        """A limiter that is used by one event loop after another loses no token to a thread that
+        is still at work when the first one ends."""
+        limiter = CapacityLimiter(1)
+        gate = Gate()
+
+        async def first() -> None:
+            async with anyio.create_task_group() as tasks:
+                if how == "crew":
+                    tasks.start_soon(new_crew(limiter).do, Errand(gate))
+                    await gate.wait_reached()
+                    tasks.cancel_scope.cancel()
+                else:
+                    loop = current_event_loop()
+                    job: _workers._Job[None] = _workers._Job(loop, gate)
+                    job.limiter = limiter
+                    limiter.acquire_on_behalf_of_nowait(job)
+                    start(job)
+
+        async def second() -> None:
+            gate.open.set()
+            with anyio.fail_after(PATIENCE):
+                while limiter.borrowed_tokens:
+                    await to_thread.run_sync(lambda: None)
+                assert await run(lambda: 1, limiter=limiter) == 1
+
+        limiter = CapacityLimiter(1)
+        anyio.run(first, backend=backend)
+        anyio.run(second, backend=backend)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_fork_while_threads_are_at_work(self) -> None:
