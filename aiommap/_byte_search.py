@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 
 from ._errors import TruncatedError
+from ._kernel import Scratch
 from ._mapping import Mapping
 from ._ranges import pieces
 
@@ -31,12 +33,7 @@ def search(mapping: Mapping, offset: int, length: int, needle: bytes, *, last: b
         return -1
     window = min(max(_WINDOW, 2 * len(needle)), length)
     step = window - len(needle) + 1
-    try:
-        scratch = _idle.pop()
-    except IndexError:
-        scratch = bytearray()
-    if len(scratch) < window:
-        scratch = bytearray(window)
+    scratch = _scratch(window)
     try:
         starts = range(0, length - len(needle) + 1, step)
         for start in reversed(starts) if last else starts:
@@ -58,12 +55,22 @@ def search(mapping: Mapping, offset: int, length: int, needle: bytes, *, last: b
                 return start + found
         return -1
     finally:
-        if len(scratch) <= _WINDOW:
+        if isinstance(scratch, bytearray):
             _idle.append(scratch)
 
 
+def _scratch(size: int) -> Scratch:
+    if size > _WINDOW:  # for a long needle
+        return mmap.mmap(-1, size)
+    try:
+        scratch = _idle.pop()
+    except IndexError:
+        scratch = bytearray()
+    return scratch if len(scratch) >= size else bytearray(size)
+
+
 def _search_beginning(
-    mapping: Mapping, offset: int, length: int, needle: bytes, scratch: bytearray
+    mapping: Mapping, offset: int, length: int, needle: bytes, scratch: Scratch
 ) -> int:
     """The first place in the bytes before the first that cannot be read."""
     memory = memoryview(scratch)
@@ -83,9 +90,7 @@ def _search_beginning(
     return mapping.kernel.search(scratch, done, needle, last=False)
 
 
-def _search_end(
-    mapping: Mapping, offset: int, length: int, needle: bytes, scratch: bytearray
-) -> int:
+def _search_end(mapping: Mapping, offset: int, length: int, needle: bytes, scratch: Scratch) -> int:
     """The last place in the bytes behind the last that cannot be read."""
     memory = memoryview(scratch)
     done = length
@@ -96,7 +101,7 @@ def _search_end(
     except OSError:
         pass  # as above
     memory.release()
-    rest = scratch[done:length]
+    rest = bytearray(scratch[done:length])
     found = mapping.kernel.search(rest, len(rest), needle, last=True)
     return found if found < 0 else done + found
 

@@ -10,6 +10,7 @@ from anyio import WouldBlock
 
 from . import _buffers
 from ._errors import DeadlockError
+from ._mapped_memory import INLINE
 from ._open_map import OpenMap
 from ._pager import SEARCHED, THREADS, Access
 from ._ranges import as_int
@@ -31,7 +32,7 @@ async def find(
     """The first or last place of the needle in ``[start, end)``, or -1; see ``bytes.find``."""
     given = _buffers.readable(needle, "needle")
     first, stop = _bounds(start, end, core.mapping.length)
-    if _buffers.is_plain(given):
+    if _buffers.is_plain(given) and len(given) <= INLINE:
         wanted = bytes(given)
         await core.loop.checkpoint()
     else:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from aiommap._kernel import Buffer, Capabilities, Kernel, native
+from aiommap._kernel import Buffer, Capabilities, Kernel, Scratch, native
 from aiommap._kernel._map_registry import MapRegistry
 from aiommap._options import Advice, Protection
 
@@ -504,7 +504,7 @@ class FakeKernel:
     def move(self, destination: int, source: int, length: int) -> None:
         self._call(self.kernel.move, "move", destination, source, length)
 
-    def search(self, data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
+    def search(self, data: Scratch, length: int, needle: bytes, *, last: bool) -> int:
         return self._call(self.kernel.search, "search", data, length, needle, last=last)
 
     def advise(self, address: int, length: int, advice: Advice) -> None:

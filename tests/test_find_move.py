@@ -165,6 +165,27 @@ async def test_the_needle_is_just_before_the_end_of_a_truncated_file(
         os.truncate(path, N)
 
 
+async def test_rfind_takes_no_longer_than_find_for_whatever_needle(m: AsyncMmap) -> None:
+    """A needle that nearly fits everywhere, which takes CPython's rfind seconds, is searched in
+    linear time: many times that would run out of this test's patience."""
+    needle = b"a" * 2000 + b"b" + b"a" * 2000
+    await m.write_at(0, needle + b"a" * (N - len(needle)))
+    with anyio.fail_after(60):
+        for _ in range(50):
+            assert await m.rfind(needle) == 0
+            assert await m.find(needle) == 0
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+async def test_a_needle_of_megabytes(m: AsyncMmap, kind: type) -> None:
+    """A long needle is copied and searched in a worker."""
+    needle = inc(700_000)
+    await m.write_at(1_000_000, needle)
+    assert await m.find(kind(needle)) == 1_000_000
+    assert await m.rfind(kind(needle)) == 1_000_000
+    assert await m.find(kind(needle) + b"!") == -1
+
+
 async def test_search_around_a_bad_page(tmp_path: Path) -> None:
     """On either side of a page that cannot be read, search finds what comes before it."""
     path = file_of(tmp_path, N)

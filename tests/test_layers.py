@@ -37,7 +37,7 @@ __main__
 """
 KERNEL_PLAN = """
 _protocol _memory
-_guarded_copy _map_registry
+_guarded_copy _map_registry _last_place
 _portable
 _linux _darwin _windows
 __init__

@@ -9,6 +9,7 @@ from ._memory import new_bytes as new_bytes
 from ._protocol import Buffer as Buffer
 from ._protocol import Capabilities as Capabilities
 from ._protocol import Kernel as Kernel
+from ._protocol import Scratch as Scratch
 
 if sys.platform == "linux":
     from . import _linux as _platform
@@ -21,4 +22,4 @@ else:
 
 native: Kernel = _platform
 
-__all__ = ["Buffer", "Capabilities", "Kernel", "address_of", "native", "new_bytes"]
+__all__ = ["Buffer", "Capabilities", "Kernel", "Scratch", "address_of", "native", "new_bytes"]

@@ -22,7 +22,8 @@ from contextlib import suppress
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
 from ._portable import copy as copy_through_pipe
-from ._protocol import Buffer, Capabilities
+from ._portable import search_with
+from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
@@ -461,16 +462,9 @@ def move(destination: int, source: int, length: int) -> None:
     _memmove(destination, source, length)
 
 
-def search(data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
+def search(data: Scratch, length: int, needle: bytes, *, last: bool) -> int:
     assert _memmem is not None
-    # SAFETY: the export pins the bytearray's memory.
-    with memoryview(data):
-        address = address_of(data)
-        found = _memmem(address, length, needle, len(needle))
-    if not found:
-        return -1
-    # There is no memmem from the end. This holds the GIL, for a piece that has the needle.
-    return data.rfind(needle, found - address, length) if last else found - address
+    return search_with(_memmem, data, length, needle, last=last)
 
 
 def advise(address: int, length: int, advice: Advice) -> None:

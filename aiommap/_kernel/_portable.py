@@ -31,9 +31,10 @@ from contextlib import suppress
 
 from .._options import Advice, Protection
 from ._guarded_copy import copy_until_missing
+from ._last_place import last_place, search_holding_the_gil
 from ._map_registry import MapRegistry
 from ._memory import address_of, error_from_errno, foreign
-from ._protocol import Buffer, Capabilities
+from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
@@ -424,15 +425,25 @@ def move(destination: int, source: int, length: int) -> None:
     _memmove(destination, source, length)
 
 
-def search(data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
-    if last or _memmem is None:
-        # This holds the GIL for the window, 3 ms.
-        return (data.rfind if last else data.find)(needle, 0, length)
-    # SAFETY: the export pins the bytearray's memory.
+def search(data: Scratch, length: int, needle: bytes, *, last: bool) -> int:
+    if _memmem is None:
+        return search_holding_the_gil(data, length, needle, last=last)
+    return search_with(_memmem, data, length, needle, last=last)
+
+
+def search_with(
+    memmem: Callable[..., int], data: Scratch, length: int, needle: bytes, *, last: bool
+) -> int:
+    """:meth:`Kernel.search` by the C library's ``memmem``, without the GIL."""
+    # SAFETY: the export pins the memory, and the places are inside.
     with memoryview(data):
         address = address_of(data)
-        found = _memmem(address, length, needle, len(needle))
-    return -1 if not found else found - address
+
+        def find(start: int, stop: int) -> int:
+            found = memmem(address + start, stop - start, needle, len(needle))
+            return -1 if not found else found - address - start
+
+        return last_place(find, length, len(needle)) if last else find(0, length)
 
 
 # Hints

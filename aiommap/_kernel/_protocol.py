@@ -18,6 +18,8 @@ from typing import Protocol
 from .._options import Advice, Protection
 
 Buffer = bytearray | memoryview
+Scratch = bytearray | mmap.mmap
+"""Memory of our own that is searched; large ones are anonymous maps, which nobody zeroes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ class Kernel(Protocol):
     def move(self, destination: int, source: int, length: int) -> None:
         """As :meth:`copy`, but a page that cannot be touched is SIGBUS."""
 
-    def search(self, data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
+    def search(self, data: Scratch, length: int, needle: bytes, *, last: bool) -> int:
         """Where the needle first, or last, occurs in the first ``length`` bytes, or -1."""
 
     def advise(self, address: int, length: int, advice: Advice) -> None:

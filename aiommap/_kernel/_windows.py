@@ -36,9 +36,10 @@ from ctypes import c_int, c_int64, c_size_t, c_uint32, c_void_p
 
 from .._options import Advice, Protection
 from ._guarded_copy import copy_until_missing
+from ._last_place import search_holding_the_gil
 from ._map_registry import MapRegistry
 from ._memory import address_of, foreign
-from ._protocol import Buffer, Capabilities
+from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
@@ -481,9 +482,9 @@ def move(destination: int, source: int, length: int) -> None:
     ctypes.memmove(destination, source, length)
 
 
-def search(data: bytearray, length: int, needle: bytes, *, last: bool) -> int:
-    # The C library has no memmem. This holds the GIL for the window, 3 ms.
-    return (data.rfind if last else data.find)(needle, 0, length)
+def search(data: Scratch, length: int, needle: bytes, *, last: bool) -> int:
+    # The C library has no memmem.
+    return search_holding_the_gil(data, length, needle, last=last)
 
 
 # Hints
