@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NoReturn
 
 from anyio import WouldBlock
@@ -62,8 +63,10 @@ _QUEUE = frozenset(
 
 
 def _is_interrupted() -> bool:
-    """Whether the caller's caller, a finalizer, runs in the middle of the queue's work."""
-    frame = sys._getframe(2).f_back
+    """Whether a finalizer that came here runs in the middle of the queue's work."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals is globals():
+        frame = frame.f_back  # on the way here; the finalizer is in another module
     while frame is not None:
         if frame.f_globals.get("__name__") in _QUEUE:
             return True
@@ -243,12 +246,19 @@ class ClaimLock:
         Release a claim whose holder was dropped, for finalizers: at once if that is safe, which
         it is where the last reference went in the loop's thread, else :meth:`abandon` it.
 
-        The garbage collector runs finalizers in the middle of anything, also of the queue's own
-        work, which must not find another piece gone than it put there.
         """
         self.abandon(claim, release)
-        if self._is_running_here() and not _is_interrupted():
+        if self.is_safe_here():
             self._release_abandoned()
+
+    def is_safe_here(self) -> bool:
+        """
+        Whether a finalizer may use the lock now.
+
+        The garbage collector runs finalizers in any thread and in the middle of anything, also of
+        the queue's own work, which must not find another piece gone than it put there.
+        """
+        return self._is_running_here() and not _is_interrupted()
 
     def leave(self, claim: Claim, reason: type[BaseException] | None) -> None:
         """

@@ -35,6 +35,7 @@ class File:
 
     __slots__ = (
         "anonymous",
+        "direct",
         "disk_queue",
         "fd",
         "filename",
@@ -51,6 +52,7 @@ class File:
         self.filename: Filename = filename
         self.anonymous: bool = anonymous
         self.in_memory: bool = anonymous
+        self.direct: bool = False
         self.mincore_is_honest: bool = anonymous
         self.disk_queue: int = 0
 
@@ -81,6 +83,7 @@ class File:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.filename)
         with naming(self.filename):
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
+            self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
         # The kernel says "all resident" to whoever neither owns nor may write the file
         # (can_do_mincore() in mm/mincore.c).

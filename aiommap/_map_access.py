@@ -146,14 +146,7 @@ class MapAccess(Uncopyable):
         )
         with core.lock.holding(claim):
             core.check_writable()
-            core.still_inside(dest, length)
-            mapping = core.still_inside(src, length)
-            if length:
-                core.written = True
-                try:
-                    await core.pager.move(mapping, dest, src, length)
-                finally:
-                    core.written = True  # again: a flush may have begun before the last store
+            await core.move(dest, src, length)
 
     @_workers.forgetful
     async def find(

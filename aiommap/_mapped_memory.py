@@ -64,6 +64,7 @@ class MappedMemory:
         "_careful_until",
         "_delta",
         "_fd",
+        "_is_read",
         "_map",
         "_nowait",
         "_page",
@@ -107,8 +108,10 @@ class MappedMemory:
         self._read_file_nowait = kernel.read_nowait
         self._probe = [memoryview(bytearray(1))]
         self._scratch = [memoryview(bytearray(0))]
+        # Whether the file itself can be read for what the memory has.
+        self._is_read = file is not None and not self.private and not file.direct
         # Whether reads can be refused instead of wait; found out by trying, then remembered.
-        self._nowait = file is not None and not self.private and not file.in_memory
+        self._nowait = self._is_read and file is not None and not file.in_memory
         # Reads that may be under way because of looks from the loop. Half of what the disk takes
         # before the next one has to wait: for there are other readers, and writers.
         self.most_starting: int = file.disk_queue // 2 if file is not None else 0

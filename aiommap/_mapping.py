@@ -148,6 +148,9 @@ class Mapping(MappedMemory):
             if self.file is None:
                 # SAFETY: inside the map; memory without a file has no page that can be missing.
                 self.kernel.move(address_of(scratch), self._address + start, count)
+            elif self.file.direct:
+                # SAFETY: inside the map; a page that is missing ends the copy.
+                self.kernel.copy(address_of(scratch), self._address + start, count)
             else:
                 self._read_file(start, scratch[:count])
 
@@ -180,7 +183,7 @@ class Mapping(MappedMemory):
         try:
             self.check_reach(offset, length)
             if self.file is not None:
-                if not self.file.anonymous:
+                if not (self.file.anonymous or self.file.direct):
                     scratch = memoryview(bytearray(min(length, SCRATCH)))
                     for start, count in pieces(offset, length, SCRATCH):
                         self._read_file(start, scratch[:count])
@@ -231,7 +234,7 @@ class Mapping(MappedMemory):
             # SAFETY: both are exported by their memoryviews, and equally long.
             self._copy(address_of(buffer), address_of(data), len(buffer), offset, write=False)
             return
-        if self.file is not None and not self.private:
+        if self._is_read:
             self._read_file(offset, buffer)
             return
         # SAFETY: the caller's buffer is exported by its memoryview, the map is held by self.

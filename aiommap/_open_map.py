@@ -1,9 +1,10 @@
 """What a map and its views share, and when it goes.
 
 An :class:`OpenMap` has the mapping, the region lock, the pager and the flusher, and counts who
-uses them: the map until it is closed, then the views that are still out. The last one to leave
-gives the memory and the descriptor to a worker, which lets them go where nobody waits. What is
-in flight by then (a load, a flush) holds the mapping by itself.
+uses them: the map until it is closed, then the views that are still out and the stores that are
+still under way. The last one to leave gives the memory and the descriptor to a worker, which
+lets them go where nobody waits. What is in flight by then (a load, a flush) holds the mapping by
+itself.
 
 The loop thread comes here for every access, so the order is: check, one checkpoint, look
 whether the bytes are free and in memory, and only then anything that costs more.
@@ -97,6 +98,7 @@ class OpenMap:
         "lock",
         "loop",
         "pager",
+        "stores",
         "views",
         "written",
     )
@@ -115,6 +117,7 @@ class OpenMap:
         self.closing: bool = False  # by close_forgotten(), as soon as the loop comes to it
         self.flush_at_end: bool = False
         self.views: int = 0
+        self.stores: int = 0
         self.loads_inline: int = 0
         self.written: bool = False
         self._raw_stores = False
@@ -227,14 +230,18 @@ class OpenMap:
     @_workers.forgetful
     async def write(self, offset: int, data: memoryview) -> None:
         """Store the bytes, off the loop where needed."""
-        if self.write_nowait(offset, data):
-            return
-        self.written = True
-        try:
-            await self.pager.write(self.mapping, offset, data)
-        finally:
-            # A flush that ran meanwhile may have missed the last of it.
-            self.written = True
+        if not self.write_nowait(offset, data):
+            async with _Storing(self):
+                await self.pager.write(self.mapping, offset, data)
+
+    @_workers.forgetful
+    async def move(self, dest: int, src: int, length: int) -> None:
+        """Copy bytes inside the map, off the loop."""
+        self.still_inside(dest, length)
+        self.still_inside(src, length)
+        if length:
+            async with _Storing(self):
+                await self.pager.move(self.mapping, dest, src, length)
 
     # Views
 
@@ -328,6 +335,11 @@ class OpenMap:
         self.leave(claim)
         self.let_go_soon()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether views are out or stores under way, the last of which ends a closed map."""
+        return self.views > 0 or self.stores > 0
+
     # Flushes
 
     @property
@@ -419,9 +431,16 @@ class OpenMap:
         await self.let_go()
 
     def close_forgotten(self) -> None:
-        """Close without waiting and without a flush; from any thread, at any moment."""
+        """
+        Close without waiting and without a flush; from any thread, at any moment.
+
+        At once where that is safe, else soon.
+        """
         self.closing = True
-        self.loop.post(self._close_forgotten)
+        if self.lock.is_safe_here():
+            self._close_forgotten()
+        else:
+            self.loop.post(self._close_forgotten)
 
     def _close_forgotten(self) -> None:
         if not self.closed:
@@ -446,7 +465,7 @@ class OpenMap:
     def _take_unused(self) -> list[Mapping]:
         """In a list, so that a worker can drop the last reference: that unmaps, and may wait."""
         mapping = self._mapping
-        if not self.closed or self.views or self._ending or mapping is None:
+        if not self.closed or self.in_use or self._ending or mapping is None:
             return []
         self._mapping = None
         self.pager.close()
@@ -474,6 +493,36 @@ class OpenMap:
             flushes_done=self.flusher.done,
             writebacks_started=self.flusher.write_backs,
         )
+
+
+class _Storing:
+    """
+    A store by copy that is under way in a worker.
+
+    A map that is closed meanwhile does not wait for it; the last one ends the map, with the flush
+    that its bytes would else not get.
+    """
+
+    __slots__ = ("_core",)
+
+    def __init__(self, core: OpenMap) -> None:
+        self._core = core
+
+    async def __aenter__(self) -> None:
+        self._core.stores += 1
+        self._core.written = True
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        core = self._core
+        core.stores -= 1
+        # A flush that ran meanwhile may have missed the last of it.
+        core.written = True
+        if not core.closed or core.in_use:
+            return
+        if exc_type is GeneratorExit:  # forgotten: nothing can be awaited
+            core.let_go_soon()
+        else:
+            await core.end(flush=core.flush_at_end and exc_type is None)
 
 
 def _is_named(file: File | None) -> bool:

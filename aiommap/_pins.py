@@ -21,6 +21,8 @@ from ._open_map import OpenMap
 
 Run = tuple[int, int]
 
+_TRIES = 5  # of a pin that says ENOMEM; out of the air
+
 
 class PinCounts:
     """
@@ -121,21 +123,27 @@ class Pins:
 
 
 def _pin_runs(mapping: Mapping, offset: int, length: int, runs: list[Run]) -> None:
-    mapping.check_reach(offset, length)
-    tried: list[Run] = []
-    try:
-        for run in runs:
-            tried.append(run)
-            mapping.pin_pages(*run)
-    except OSError:
-        # The one that failed too: where Linux cannot bring a page in, the run counts as locked
-        # all the same.
-        for run in tried:
-            with suppress(OSError):
-                mapping.unpin_pages(*run)
-        # For a page that is missing it says no more than ENOMEM.
+    tries = _TRIES
+    while True:
         mapping.check_reach(offset, length)
-        raise
+        tried: list[Run] = []
+        try:
+            for run in runs:
+                tried.append(run)
+                mapping.pin_pages(*run)
+            return
+        except OSError as exc:
+            # The one that failed too: where Linux cannot bring a page in, the run counts as
+            # locked all the same.
+            for run in tried:
+                with suppress(OSError):
+                    mapping.unpin_pages(*run)
+            # For a page that is missing it says no more than ENOMEM, and by now the file may have
+            # been cut and grown again.
+            tries -= 1
+            if not tries or exc.errno != errno.ENOMEM:
+                mapping.check_reach(offset, length)
+                raise
 
 
 def _unpin_runs(mapping: Mapping, runs: list[Run]) -> None:

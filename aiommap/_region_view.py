@@ -357,7 +357,7 @@ class RegionView(Uncopyable):
 
     async def _finish(self, clean: bool, *, failed: bool) -> None:
         core = self._core
-        if core.closed and not core.views:
+        if core.closed and not core.in_use:
             await core.end(flush=core.flush_at_end and not failed)
         if not clean and not failed:
             raise BufferError(

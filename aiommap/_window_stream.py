@@ -111,7 +111,7 @@ class Windows(Uncopyable):
                 lock.leave(claim, type(error))
                 raise
         try:
-            mapping = core.still_inside(start, stop - start)
+            core.still_inside(start, stop - start)
             if stop > self._loaded_until:
                 await self._load(start, stop)
             now = monotonic()
@@ -120,7 +120,7 @@ class Windows(Uncopyable):
             self._last_step = now
             if self._loads_end + self._piece <= stop + READ_AHEAD:
                 self._read_ahead(stop)
-            window = self._window = mapping.buffer(start, stop - start, False)
+            window = self._window = core.mapping.buffer(start, stop - start, False)
         except BaseException as error:
             self._claim = None
             lock.leave(claim, type(error))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from anyio import to_thread
 
 
 def inc(n: int, start: int = 0) -> bytes:
@@ -53,6 +54,20 @@ def maps_of(path: os.PathLike[str]) -> int:
     """How many memory areas of this process are of that file."""
     with open("/proc/self/maps", encoding="utf-8") as file:
         return sum(line.rstrip("\n").endswith(str(path)) for line in file)
+
+
+def file_descriptors(path: Path) -> list[str]:
+    """This process's descriptors of that file."""
+    return [each for each in open_descriptors() if str(path) in each]
+
+
+async def gone(path: Path) -> None:
+    """Wait until threads have let go of a file."""
+    for _ in range(10_000):
+        if not file_descriptors(path) and not maps_of(path):
+            return
+        await to_thread.run_sync(lambda: None)
+    raise AssertionError(f"{path} is still open: {file_descriptors(path)}, {maps_of(path)} maps")
 
 
 only_linux = pytest.mark.skipif(

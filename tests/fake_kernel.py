@@ -426,6 +426,9 @@ class FakeKernel:
         self._track(fd)
         return self._call(self.kernel.file_is_in_memory, "file_is_in_memory", fd)
 
+    def reads_directly(self, fd: int) -> bool:
+        return self._call(self.kernel.reads_directly, "reads_directly", fd)
+
     def disk_queue(self, fd: int) -> int:
         return self._call(self.kernel.disk_queue, "disk_queue", fd)
 

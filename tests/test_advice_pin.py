@@ -309,12 +309,34 @@ async def test_pin_says_the_limit(tmp_path: Path, kernel: FakeKernel) -> None:
             await m.pin()
         kernel.heal()
         # The first of the two runs was pinned and is not any more; nor is the one that failed,
-        # which Linux leaves locked where a page of it cannot be had.
-        assert kernel.names("pin", "unpin") == ["pin", "pin", "pin", "unpin", "unpin"]
+        # which Linux leaves locked where a page of it cannot be had. It is tried a few times.
+        tries = ["pin", "unpin"] * 4
+        assert kernel.names("pin", "unpin") == ["pin", "pin", "pin", "unpin", "unpin", *tries]
         kernel.calls.clear()
         await m.pin(0, PAGE)
         await m.unpin(0, 2 * PAGE)
         assert kernel.names("pin", "unpin") == ["pin", "unpin"]
+
+
+async def test_pin_where_the_file_was_cut_for_a_moment(tmp_path: Path, kernel: FakeKernel) -> None:
+    """A page that was missing while the kernel looked, and is there again, is pinned."""
+    path = file_of(tmp_path, inc(N))
+    async with Mmap.open_path(path) as m:
+        kernel.fail("pin", errno.ENOMEM, times=2)
+        await m.pin(0, PAGE)
+        await m.unpin(0, PAGE)
+
+
+@only_linux
+async def test_advice_that_does_not_fit_the_memory(tmp_path: Path) -> None:
+    """What this kernel knows, and refuses for this memory, is its own EINVAL."""
+    async with AsyncMmap.open_path(file_of(tmp_path, inc(N))) as m:
+        await m.pin(0, PAGE)
+        for advice in (Advice.COLD, Advice.PAGE_OUT):
+            with pytest.raises(OSError, match="Invalid argument"):
+                await m.advise(advice, 0, PAGE)
+        await m.unpin(0, PAGE)
+        await m.advise(Advice.COLD, 0, PAGE)
 
 
 @only_linux

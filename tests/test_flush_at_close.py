@@ -14,7 +14,7 @@ import pytest
 from aiommap import AsyncMmap, FlushError, MmapViewSync, Protection, TruncatedError
 
 from .cancelling import let_others_run, on_asyncio
-from .content import file_of, maps_of, only_linux
+from .content import file_of, gone, maps_of, only_linux
 from .fake_kernel import FakeKernel
 from .flushing import SYNCS, begin, entered, mapped_by
 
@@ -476,6 +476,43 @@ async def test_truncated_under_a_written_map(fake: FakeKernel, path: Path) -> No
     with pytest.raises(TruncatedError):
         await m.aclose()
     assert m.closed
+
+
+@only_linux
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("how", ["write_at", "move", "view.write"])
+async def test_a_store_that_outlives_the_closing_is_flushed(
+    fake: FakeKernel, path: Path, how: str, failing: bool
+) -> None:
+    """aclose() does not wait for a copy under way in another task; the copy ends the map then,
+    with a flush of its own, and its caller is told when that fails."""
+    m = await mapped_by(fake).open_path(path, "r+")
+    await m.write_at(0, b"x" * PAGE)
+    await m.flush()
+
+    async def store() -> None:
+        if how == "write_at":
+            await m.write_at(PAGE, b"x" * PAGE)
+        elif how == "move":
+            await m.move(PAGE, 0, PAGE)
+        else:
+            async with m.view_mut(PAGE, PAGE) as v:
+                await v.write(b"x" * PAGE)
+
+    with fake.hold("copy", times=1) as hold:
+        async with anyio.create_task_group() as tasks:
+            outcome = begin(tasks, store)
+            await entered(hold)
+            await m.aclose()
+            assert maps_of(path) == 1
+            if failing:
+                fake.fail("sync_data", errno.EIO, times=1)
+            hold.release.set()
+            error = await outcome.get()
+    await gone(path)
+    assert isinstance(error, FlushError) if failing else error is None
+    assert (fake.disk.durable(path) == path.read_bytes()) is not failing
+    assert path.read_bytes()[PAGE : 2 * PAGE] == b"x" * PAGE
 
 
 @on_asyncio

@@ -21,7 +21,7 @@ from aiommap._file import File
 from aiommap._range_index import RangeIndex
 
 from .cancelling import let_others_run, on_asyncio
-from .content import file_of, inc, maps_of, only_linux, open_descriptors
+from .content import file_descriptors, file_of, gone, inc, maps_of, only_linux, open_descriptors
 from .fake_kernel import FakeKernel
 from .processes import run_python
 from .test_cancellation import cold_kernel, map_class
@@ -31,19 +31,6 @@ pytestmark = [pytest.mark.anyio, only_linux]
 SIZE = 1 << 20
 
 Use = Callable[[AsyncMmap], Awaitable[object]]
-
-
-def file_descriptors(path: Path) -> list[str]:
-    return [each for each in open_descriptors() if str(path) in each]
-
-
-async def gone(path: Path) -> None:
-    """Wait until threads have let go of a file."""
-    for _ in range(10_000):
-        if not file_descriptors(path) and not maps_of(path):
-            return
-        await to_thread.run_sync(lambda: None)
-    raise AssertionError(f"{path} is still open: {file_descriptors(path)}, {maps_of(path)} maps")
 
 
 async def use_every_way(m: AsyncMmap) -> dict[str, Exception]:
@@ -571,12 +558,18 @@ class TestForgotten:
 
         async def generate() -> AsyncGenerator[int, None]:
             async with AsyncMmap.open_path(path, "r+") as m, m.view_mut(0, 10) as v:
+                maps.append(m)
                 while True:
                     yield v[0]
+
+        maps: list[AsyncMmap] = []
 
         generator = generate()
         assert await generator.__anext__() == 0
         await generator.aclose()
+        assert maps[0].closed  # at once: it is its own task that closes it
+        with pytest.raises(ClosedResourceError):
+            await maps[0].read_at(0, 1)
         del generator
         await gone(path)
 

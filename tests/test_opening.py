@@ -19,7 +19,7 @@ import pytest
 from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
-from aiommap import AsyncMmap, Protection
+from aiommap import AsyncMmap, Protection, TruncatedError
 from aiommap._event_loop import current_event_loop
 
 from .content import file_of, inc, maps_of, only_linux, open_descriptors, settled_descriptors
@@ -121,6 +121,38 @@ async def test_files_of_every_kind(tmp_path: Path) -> None:
     with open(path, "rb", buffering=0) as raw:
         async with AsyncMmap.open(raw) as m:
             assert len(m) == N
+
+
+@only_linux
+async def test_a_descriptor_that_passes_memory_by(tmp_path: Path) -> None:
+    """Of a file opened with O_DIRECT, whose reads want aligned buffers, everything works."""
+    path = file_of(tmp_path, inc(N))
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError as exc:
+        pytest.skip(f"the file system of {tmp_path} has no O_DIRECT: {exc}")
+    try:
+        m = await AsyncMmap.open(fd, "r+")
+    finally:
+        os.close(fd)
+    async with m:
+        assert await m.read_at(3, 100) == inc(100, 3)
+        assert await m.read_at(0, N) == inc(N)
+        buffer = bytearray(7)
+        assert await m.readinto_at(9, buffer) == 7
+        assert buffer == inc(7, 9)
+        async with m.view(1, 8000) as v:
+            assert await v.read(7) == inc(7, 1)
+        assert await m.find(inc(20, 30)) == 30
+        assert await m.write_at(5, b"x" * 5000) == 5000
+        await m.move(7000, 5, 1000)
+        assert await m.read_at(7000, 1000) == b"x" * 1000
+        await m.flush()
+        os.truncate(path, 4096)
+        with pytest.raises(TruncatedError):
+            await m.read_at(4000, 1000)
+        assert await m.read_at(4000, 96) == b"x" * 96
+        os.truncate(path, N)
 
 
 async def test_the_callers_descriptor_is_its_own(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ from ._portable import populate_read_many as populate_read_many
 from ._portable import populate_write as populate_write
 from ._portable import read as read
 from ._portable import read_nowait as read_nowait
+from ._portable import reads_directly as reads_directly
 from ._portable import resident as resident
 from ._portable import search as search
 from ._portable import set_file_size as set_file_size

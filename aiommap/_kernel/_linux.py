@@ -18,6 +18,7 @@ import resource
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
@@ -223,6 +224,10 @@ def file_is_in_memory(fd: int) -> bool:
     if _fstatfs(fd, ctypes.addressof(buffer)) == -1:
         raise error_from_errno()
     return (buffer[0] & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
+
+
+def reads_directly(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def disk_queue(fd: int) -> int:
@@ -471,11 +476,17 @@ def advise(address: int, length: int, advice: Advice) -> None:
     try:
         _advise(address, length, _ADVICE[advice])
     except OSError as exc:
-        if exc.errno != errno.EINVAL:
+        if exc.errno != errno.EINVAL or _knows(advice):
             raise
-        # The range is a good one, so it means the advice: too new for this kernel, or not
-        # built in (huge pages, merging).
+        # Too new for this kernel, or not built in (huge pages, merging).
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP)) from None
+
+
+@cache
+def _knows(advice: Advice) -> bool:
+    """Whether the kernel takes an advice for the simplest memory that there is."""
+    with mmap.mmap(-1, page_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        return _works(_advise, address_of(memory), page_size, _ADVICE[advice])
 
 
 def pin(address: int, length: int) -> None:

@@ -170,6 +170,10 @@ def file_is_in_memory(fd: int) -> bool:
     return False
 
 
+def reads_directly(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
 def disk_queue(fd: int) -> int:
     return 0
 

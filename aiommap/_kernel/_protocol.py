@@ -91,6 +91,9 @@ class Kernel(Protocol):
     def file_is_in_memory(self, fd: int) -> bool:
         """Whether stores to the file never wait for a disk (tmpfs, memfd)."""
 
+    def reads_directly(self, fd: int) -> bool:
+        """Whether reads of the open file pass memory by, and want aligned buffers (O_DIRECT)."""
+
     def disk_queue(self, fd: int) -> int:
         """Requests that the file's disk takes before one has to wait; an estimate if unknown."""
 

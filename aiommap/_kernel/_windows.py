@@ -261,6 +261,10 @@ def file_is_in_memory(fd: int) -> bool:
     return False  # Windows has no file system in memory of its own
 
 
+def reads_directly(fd: int) -> bool:
+    return False
+
+
 def disk_queue(fd: int) -> int:
     return 0
 
