@@ -112,9 +112,9 @@ class MappedMemory:
         self._is_read = file is not None and not self.private and not file.direct
         # Whether reads can be refused instead of wait; found out by trying, then remembered.
         self._nowait = self._is_read and file is not None and not file.in_memory
-        # Reads that may be under way because of looks from the loop. Half of what the disk takes
-        # before the next one has to wait: for there are other readers, and writers.
-        self.most_starting: int = file.disk_queue // 2 if file is not None else 0
+        # Reads that may be under way because of looks from the loop. Three quarters of what the
+        # disk takes before the next one has to wait: for there are other readers, and writers.
+        self.most_starting: int = file.disk_queue * 3 // 4 if file is not None else 0
         self._careful_until = 0.0
         self._start_seconds = 0.0
 

@@ -33,8 +33,8 @@ from ._wait_graph import Claim
 T = TypeVar("T")
 
 POLLED = 64 << 10
-POLLS = 2
-TURNS = 6
+POLLS = 3
+TURNS = 8
 """
 For how many bytes a task looks again before it asks a worker, how often after its read was
 started, and how many turns of the loop it waits at most for that.
