@@ -31,7 +31,14 @@ from pathlib import Path
 
 import anyio
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from aiommap import AsyncMmap, PendingFlush
 
@@ -97,6 +104,7 @@ class Work:
 
 @dataclass
 class Result:
+    edited: int = 0  # bytes
     seconds: float = 0.0
     gap: float = 0.0
     reads: int = 0
@@ -110,6 +118,13 @@ async def heartbeat(result: Result, stop: anyio.Event) -> None:
         now = time.perf_counter()
         result.gap = max(result.gap, now - last)
         last = now
+
+
+async def show(progress: Progress, bar: TaskID, result: Result, stop: anyio.Event) -> None:
+    """Keep the progress bar up to date, ten times a second and not with every view."""
+    while not stop.is_set():
+        progress.update(bar, completed=result.edited)
+        await anyio.sleep(0.1)
 
 
 async def edit(path: Path, work: Work, progress: Progress) -> Result:
@@ -128,7 +143,7 @@ async def edit(path: Path, work: Work, progress: Progress) -> Result:
             for span in spans:
                 async with m.view_mut(*work.bounds(span)) as v:
                     v[:] = bytes(v).translate(INVERT)
-                progress.advance(bar, len(v))
+                    result.edited += len(v)
             pending.append(await m.flush_async())  # starts now, awaited later
 
         async def read(seed: int) -> None:
@@ -144,6 +159,7 @@ async def edit(path: Path, work: Work, progress: Progress) -> Result:
         started = time.perf_counter()
         async with anyio.create_task_group() as background:
             background.start_soon(heartbeat, result, stop)
+            background.start_soon(show, progress, bar, result, stop)
             for seed in range(READERS):
                 background.start_soon(read, seed)
             async with anyio.create_task_group() as writers:
@@ -154,6 +170,7 @@ async def edit(path: Path, work: Work, progress: Progress) -> Result:
             await m.flush()
             result.seconds = time.perf_counter() - started
             stop.set()
+    progress.update(bar, completed=work.edited)
     return result
 
 
@@ -177,7 +194,7 @@ async def edit_plain(path: Path, work: Work, progress: Progress) -> Result:
             for span in spans:
                 async with lock:
                     await asyncio.to_thread(invert, *work.bounds(span))
-                progress.advance(bar, work.bounds(span)[1])
+                result.edited += work.bounds(span)[1]
             await asyncio.to_thread(m.flush)
 
         def look(offset: int, length: int) -> tuple[bytes, bytes]:
@@ -196,6 +213,7 @@ async def edit_plain(path: Path, work: Work, progress: Progress) -> Result:
         started = time.perf_counter()
         async with anyio.create_task_group() as background:
             background.start_soon(heartbeat, result, stop)
+            background.start_soon(show, progress, bar, result, stop)
             for seed in range(READERS):
                 background.start_soon(read, seed)
             async with anyio.create_task_group() as writers:
@@ -203,6 +221,7 @@ async def edit_plain(path: Path, work: Work, progress: Progress) -> Result:
                     writers.start_soon(write, spans)
             result.seconds = time.perf_counter() - started
             stop.set()
+    progress.update(bar, completed=work.edited)
     return result
 
 
