@@ -100,7 +100,11 @@ class Mapping(MappedMemory):
         """
         if not self._populate:
             return False
-        if not self.kernel.populate_read_many([self._pages(*each) for each in ranges]):
+        spans = [self._pages(*each) for each in ranges]
+        # They are announced, but maybe the thread that does so has not come to them; and a fault
+        # whose read nobody has started reads far around itself, 8 MiB on some disks.
+        self.kernel.will_need_many(spans)
+        if not self.kernel.populate_read_many(spans):
             return False
         try:
             reach = self.reach()

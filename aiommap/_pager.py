@@ -149,12 +149,7 @@ class _PagingCrew(Crew[Access[Any]]):
         small = [each for each in requests if isinstance(each, Load) and each.together]
         if len(small) > 1:
             for mapping, group in _by_mapping(small):
-                ranges = [(each.offset, each.length) for each in group]
-                # Announced they are, but maybe the thread that does so has not come to them: and
-                # a fault of which nobody has started the read reads far around itself, 8 MiB on
-                # some disks.
-                mapping.will_load_many(ranges)
-                if mapping.load_many(ranges):
+                if mapping.load_many([(each.offset, each.length) for each in group]):
                     for each in group:
                         each.perform_not()
         super().perform_some([each for each in requests if each.mapping is not None])

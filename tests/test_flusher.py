@@ -99,6 +99,32 @@ async def test_who_was_served_and_asks_again_shares_the_next_flush(
         assert fake.names(*SYNCS) == ["sync_data"] * 2
 
 
+async def test_write_back_is_started_at_the_pace_of_the_loop(
+    fake: FakeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than a MiB at a time, and the event loop has its turn before the next one."""
+    path = file_of(tmp_path, 5 * MIB + PAGE)
+    turns = 0
+    at: list[tuple[int, int]] = []
+
+    def start(real: Callable[..., None], fd: int, address: int, offset: int, length: int) -> None:
+        at.append((length, turns))
+        real(fd, address, offset, length)
+
+    fake.wrap("start_write_back", start)
+    async with opened(fake, path) as m:
+        wait = m._core.flusher._wait_for_turns
+
+        def counted(number: int, seconds: float) -> None:
+            nonlocal turns
+            turns += number
+            wait(number, 60)
+
+        monkeypatch.setattr(m._core.flusher, "_wait_for_turns", counted)
+        await m.flush_async()
+    assert at == [(MIB, 0), (MIB, 1), (MIB, 2), (MIB, 3), (MIB, 4), (PAGE, 5)]
+
+
 async def test_a_request_is_served_by_a_flush_that_begins_after_it(path: Path) -> None:
     """A task that stores while a flush is under way is not told that it is durable when that
     one ends: it waits for the next, and its bytes are on the disk then."""

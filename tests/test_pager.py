@@ -181,6 +181,27 @@ class TestBatches:
         expected[8] = errno.EIO
         assert results == expected
 
+    async def test_no_page_is_populated_before_its_read_is_started(self, tmp_path: Path) -> None:
+        """A fault whose read nobody has started would read far around itself: each thread starts
+        the reads of what it populates, although another one announced them."""
+        if not _can_populate_many():
+            pytest.skip("needs process_madvise on ourselves, Linux 6.14")
+        kernel = cold_kernel()
+        async with mapped_by(kernel).open_path(file_of(tmp_path, inc(2 * MIB))) as m:
+            kernel.calls.clear()
+            async with anyio.create_task_group() as tg:
+                for page in range(512):
+                    tg.start_soon(m.read_at, page * PAGE, PAGE)
+        last: dict[int, object] = {}
+        populated = 0
+        for call in kernel.calls:
+            if call.name == "populate_read_many":
+                populated += 1
+                assert last.get(call.thread) == call.arguments
+            if call.name == "will_need_many":
+                last[call.thread] = call.arguments
+        assert populated
+
     async def test_many_page_ins_in_few_calls(self, tmp_path: Path) -> None:
         """The pages of many tasks are asked for, and waited for, with a few calls."""
         if not _can_populate_many():
