@@ -330,12 +330,14 @@ class Flusher:
             else:
                 admitted.append(each)
         ranges = merge([(each.offset, each.length) for each in admitted])
+        parts = [part for each in ranges for part in pieces(*each, _STARTED_AT_ONCE)]
+        paced = True
         try:
-            for offset, length in ranges:
-                for piece, count in pieces(offset, length, _STARTED_AT_ONCE):
-                    mapping.start_write_back(piece, count)
-                    if count == _STARTED_AT_ONCE:
-                        self._wait_for_turns(1, _TURN_SECONDS)
+            for number, part in enumerate(parts):
+                if number and paced:
+                    # A loop that does not come round is over maybe, and not waited for again.
+                    paced = self._wait_for_turns(1, _TURN_SECONDS)
+                mapping.start_write_back(*part)
         except BaseException as exc:
             failure = self._failed(exc, ranges)
             for each in admitted:
@@ -385,15 +387,14 @@ class Flusher:
         # run, before or after our call (trio draws lots); in the third they have run.
         self._wait_for_turns(3, seconds)
 
-    def _wait_for_turns(self, turns: int, seconds: float) -> None:
-        """Wait until the event loop has come round so many times, but no longer than that."""
+    def _wait_for_turns(self, turns: int, seconds: float) -> bool:
+        """Wait until the event loop has come round so many times, but no longer; whether it has."""
         ran = threading.Lock()
         ran.acquire()
         call: Callable[[], object] = ran.release
         for _ in range(turns - 1):
             call = partial(self._loop.post, call)
-        if self._loop.post(call):
-            ran.acquire(timeout=seconds)
+        return self._loop.post(call) and ran.acquire(timeout=seconds)
 
     def _write_piece(self, bulk: _Bulk) -> bool:
         """Write some more of the bulk; False when there is no more, or no point in it."""
