@@ -68,6 +68,7 @@ class MappedMemory:
         "_map",
         "_nowait",
         "_page",
+        "_populate",
         "_probe",
         "_read_file_nowait",
         "_scratch",
@@ -110,8 +111,10 @@ class MappedMemory:
         self._scratch = [memoryview(bytearray(0))]
         # Whether the file itself can be read for what the memory has.
         self._is_read = file is not None and not self.private and not file.direct
-        # Whether reads can be refused instead of wait; found out by trying, then remembered.
+        # Found out by trying, then remembered: whether reads can be refused instead of wait, and
+        # whether pages can be populated.
         self._nowait = self._is_read and file is not None and not file.in_memory
+        self._populate = True
         # Reads that may be under way because of looks from the loop. Three quarters of what the
         # disk takes before the next one has to wait: for there are other readers, and writers.
         self.most_starting: int = file.disk_queue * 3 // 4 if file is not None else 0

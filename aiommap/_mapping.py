@@ -20,16 +20,15 @@ what is the matter with it.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 
 from ._errors import Range
 from ._file import File, naming
-from ._kernel import Kernel, address_of, new_bytes
+from ._kernel import address_of, new_bytes
 from ._mapped_memory import SCRATCH, MappedMemory
-from ._options import Advice, Protection
+from ._options import Advice
 from ._ranges import page_span, pieces
 
 _MOST_AREAS = 64
@@ -61,21 +60,7 @@ def _bad_buffer() -> OSError:
 class Mapping(MappedMemory):
     """A map of a file, or memory: what waits for a disk, without the GIL, in a worker."""
 
-    __slots__ = ("_populate",)
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        file: File | None,
-        memory: mmap.mmap,
-        protection: Protection,
-        offset: int,
-        length: int,
-        delta: int,
-    ) -> None:
-        super().__init__(kernel, file, memory, protection, offset, length, delta)
-        # Whether pages can be populated; found out by trying, then remembered.
-        self._populate = True
+    __slots__ = ()
 
     # Pages
 

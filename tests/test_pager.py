@@ -181,9 +181,8 @@ class TestBatches:
         expected[8] = errno.EIO
         assert results == expected
 
-    async def test_no_page_is_populated_before_its_read_is_started(self, tmp_path: Path) -> None:
-        """A fault whose read nobody has started would read far around itself: each thread starts
-        the reads of what it populates, although another one announced them."""
+    async def read_512_pages(self, tmp_path: Path) -> FakeKernel:
+        """Have as many tasks read a page each; the kernel that was asked."""
         if not _can_populate_many():
             pytest.skip("needs process_madvise on ourselves, Linux 6.14")
         kernel = cold_kernel()
@@ -192,6 +191,12 @@ class TestBatches:
             async with anyio.create_task_group() as tg:
                 for page in range(512):
                     tg.start_soon(m.read_at, page * PAGE, PAGE)
+        return kernel
+
+    async def test_no_page_is_populated_before_its_read_is_started(self, tmp_path: Path) -> None:
+        """A fault whose read nobody has started would read far around itself: each thread starts
+        the reads of what it populates, although another one announced them."""
+        kernel = await self.read_512_pages(tmp_path)
         last: dict[int, object] = {}
         populated = 0
         for call in kernel.calls:
@@ -204,14 +209,7 @@ class TestBatches:
 
     async def test_many_page_ins_in_few_calls(self, tmp_path: Path) -> None:
         """The pages of many tasks are asked for, and waited for, with a few calls."""
-        if not _can_populate_many():
-            pytest.skip("needs process_madvise on ourselves, Linux 6.14")
-        kernel = cold_kernel()
-        async with mapped_by(kernel).open_path(file_of(tmp_path, inc(2 * MIB))) as m:
-            kernel.calls.clear()
-            async with anyio.create_task_group() as tg:
-                for page in range(512):
-                    tg.start_soon(m.read_at, page * PAGE, PAGE)
+        kernel = await self.read_512_pages(tmp_path)
         loads = kernel.names("populate_read", "populate_read_many")
         assert len(loads) < 512 / 2
         assert len(kernel.names("will_need", "will_need_many")) < 512 / 4
