@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
+from contextlib import suppress
 
 from ._errors import TruncatedError
 from ._kernel import Scratch
@@ -19,7 +20,7 @@ the GIL has to be had back after each.
 _idle: deque[bytearray] = deque(maxlen=2)
 """
 Windows that were used, for the next search: fresh pages would cost half of what searching them
-does. As many as the threads that one map's search keeps busy; more are freed.
+does. As many as the threads that one map's search keeps busy, 16 MiB in all; more are freed.
 """
 
 
@@ -82,8 +83,9 @@ def _search_beginning(
     except TruncatedError as exc:
         rest = exc.size - offset - done
         if rest > 0:  # the file ends inside of the page
-            mapping.read_into(offset + done, memory[done : done + rest])
-            done += rest
+            with suppress(OSError):  # cut once more
+                mapping.read_into(offset + done, memory[done : done + rest])
+                done += rest
     except OSError:
         pass  # the caller has one to raise
     memory.release()

@@ -245,11 +245,12 @@ class ClaimLock:
         """
         Release a claim whose holder was dropped, for finalizers: at once if that is safe, which
         it is where the last reference went in the loop's thread, else :meth:`abandon` it.
-
         """
-        self.abandon(claim, release)
         if self.is_safe_here():
+            self._abandoned.append((claim, release or self.release))
             self._release_abandoned()
+        else:
+            self.abandon(claim, release)
 
     def is_safe_here(self) -> bool:
         """
@@ -376,12 +377,14 @@ class ClaimLock:
     async def _add_after_heirs(self, claims: Sequence[Claim]) -> bool:
         """
         Ask again, when the tasks that were started just now have run: the half of a split hold
-        counts for the task that split it until another one takes it over.
+        counts for the task that split it until another one takes it over. Who asks meanwhile is
+        served first.
         """
         for _ in range(_TURNS_FOR_A_HEIR):
             await self.checkpoint()
         if self._closed is not None:
             raise self._closed()
+        self._release_abandoned()
         return self.queue.add(claims)
 
     def _bind(self) -> bool:

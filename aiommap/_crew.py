@@ -134,6 +134,7 @@ class Crew(Generic[R]):
         self._waiting: deque[R] = deque()
         self._announced = 0  # the first so many of those were announced
         self._some = 1  # how many are done together
+        self._in_hand: list[R] = []  # what one run of ``perform`` was given and took
         self._lingering: list[_Seat] = []  # of threads without work
         self._closed = False
         self._asked_for_help = False
@@ -326,15 +327,13 @@ class Crew(Generic[R]):
         """Do what waits; gives what is still to be delivered."""
         done: Sequence[R] = ()
         try:
-            requests = self._take()
-            while requests:
-                done = self._perform_batch(requests, perform(requests))
-                requests = self._take()
-                if requests:
-                    self._loop.post(self._deliver, done)
+            while self._take():
+                if done:
+                    post_surely(self._loop, self._deliver, done)
                     done = ()
+                done = self._perform_batch(perform(self._in_hand))
         except BaseException as exc:
-            return [*done, *self._break_off([], exc)]
+            return [*done, *self._break_off(self._in_hand, exc)]
         return done
 
     def _break_off(
@@ -351,18 +350,20 @@ class Crew(Generic[R]):
             self._asked_for_help = False
             return self._spoilt(requests or self._pop(self._batch), error)
 
-    def _perform_batch(
-        self, requests: Sequence[R], steps: Generator[Sequence[R], None, Sequence[R]]
-    ) -> Sequence[R]:
+    def _perform_batch(self, steps: Generator[Sequence[R], None, Sequence[R]]) -> Sequence[R]:
         """Deliver group by group; gives the last one."""
         try:
             while True:
-                self._loop.post(self._deliver, next(steps))
+                group = next(steps)
+                post_surely(self._loop, self._deliver, group)
+                given = set(map(id, group))
+                self._in_hand = [each for each in self._in_hand if id(each) not in given]
         except StopIteration as stop:
             last: Sequence[R] = stop.value
             return last
         except BaseException as exc:
-            return self._spoilt(requests, exc)
+            # Those too that it took meanwhile.
+            return self._spoilt([each for each in self._in_hand if each.taken], exc)
 
     def _spoilt(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
         """A mistake of ours, or no memory: better an error than tasks that wait for ever."""
@@ -434,7 +435,7 @@ class Crew(Generic[R]):
                     self._some = max(some // 2, 1)
                 elif took < QUICK_SECONDS and len(requests) == some:
                     self._some = min(some * 2, MOST_TOGETHER)
-                post(self._deliver, requests)
+                post_surely(self._loop, self._deliver, requests)
                 requests = []
         except BaseException as exc:
             return self._break_off(requests, exc, performing=performing)
@@ -509,17 +510,20 @@ class Crew(Generic[R]):
                 requests.append(request)
         return requests
 
-    def _take(self) -> list[R]:
+    def _take(self) -> bool:
+        """Begin a batch of what waits; False: there is none, and the thread has ended."""
         with self._lock:
-            requests = self.take()
-            if not requests:
-                self._active -= 1
-        return requests
+            self._in_hand = []
+            taken = bool(self.take())
+            self._active -= not taken
+        return taken
 
     def take(self) -> list[R]:
         """A batch of what waits; none while others wait for the limiter. For ``perform``."""
         with self._lock:
-            return self._pop(self._batch)
+            requests = self._pop(self._batch)
+            self._in_hand = self._in_hand + requests
+        return requests
 
     @property
     def waiting(self) -> int:

@@ -73,10 +73,11 @@ _START_PIECE = 32 << 20
 """Bytes whose write-back is started by one call in a worker; cancelled tasks leave between."""
 
 _STARTED_AT_ONCE = 1 << 20
-_TURN_SECONDS = 0.1
+_TURN_SECONDS = 0.005
 """
-So much of it at a time, and then the event loop has its turn, for which this is waited at most. For
-each page whose write-back starts the kernel interrupts the other processors of the process: beside
+So much of it at a time, and then the event loop has its turn. That is waited for as long as two
+such starts take, or so many seconds: a loop that is slow, or over, holds it up no longer. For each
+page whose write-back starts the kernel interrupts the other processors of the process: beside
 a busy loop on two processors all at once made the longest turn 20 ms, 2 MiB 10 ms, and this 7 ms.
 """
 
@@ -331,13 +332,14 @@ class Flusher:
                 admitted.append(each)
         ranges = merge([(each.offset, each.length) for each in admitted])
         parts = [part for each in ranges for part in pieces(*each, _STARTED_AT_ONCE)]
-        paced = True
+        took = 0.0
         try:
             for number, part in enumerate(parts):
-                if number and paced:
-                    # A loop that does not come round is over maybe, and not waited for again.
-                    paced = self._wait_for_turns(1, _TURN_SECONDS)
+                if number:
+                    self._wait_for_turns(1, max(2 * took, _TURN_SECONDS))
+                began = time.monotonic()
                 mapping.start_write_back(*part)
+                took = time.monotonic() - began
         except BaseException as exc:
             failure = self._failed(exc, ranges)
             for each in admitted:
@@ -387,14 +389,15 @@ class Flusher:
         # run, before or after our call (trio draws lots); in the third they have run.
         self._wait_for_turns(3, seconds)
 
-    def _wait_for_turns(self, turns: int, seconds: float) -> bool:
-        """Wait until the event loop has come round so many times, but no longer; whether it has."""
+    def _wait_for_turns(self, turns: int, seconds: float) -> None:
+        """Wait until the event loop has come round so many times, but no longer than that."""
         ran = threading.Lock()
         ran.acquire()
         call: Callable[[], object] = ran.release
         for _ in range(turns - 1):
             call = partial(self._loop.post, call)
-        return self._loop.post(call) and ran.acquire(timeout=seconds)
+        if self._loop.post(call):
+            ran.acquire(timeout=seconds)
 
     def _write_piece(self, bulk: _Bulk) -> bool:
         """Write some more of the bulk; False when there is no more, or no point in it."""

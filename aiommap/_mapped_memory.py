@@ -253,7 +253,7 @@ class MappedMemory:
                 self.is_loaded_nowait(start, count, careful)
                 for start, count in pieces(offset, length, INLINE)
             )
-        return self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)
+        return self._is_resident_nowait(offset, length) and self.reaches_nowait(offset, length)
 
     def _window(self, length: int) -> list[memoryview]:
         window = self._scratch
@@ -299,7 +299,8 @@ class MappedMemory:
             return False
         return state.count(1) == len(state) or all(byte & 1 for byte in state)
 
-    def _reaches_nowait(self, offset: int, length: int) -> bool:
+    def reaches_nowait(self, offset: int, length: int) -> bool:
+        """Whether the file reaches the range, as far as the kernel knows."""
         file = self.file
         if file is None or file.anonymous:
             return True
@@ -337,7 +338,7 @@ class MappedMemory:
         # SAFETY: the scratch is as long, the map is held by self.
         if self._copy_nowait(address_of(memory), self._address + offset, length):
             # Afterwards: bytes behind the end of the file, in its last page, read as zeros.
-            return bytes(memory) if self._reaches_nowait(offset, length) else None
+            return bytes(memory) if self.reaches_nowait(offset, length) else None
         return None
 
     def write_nowait(self, offset: int, data: memoryview) -> bool:
@@ -353,11 +354,11 @@ class MappedMemory:
         target = self._address + offset
         if source < target + length and target < source + length:
             return False  # overlapping
-        if not (self._is_resident_nowait(offset, length) and self._reaches_nowait(offset, length)):
+        if not (self._is_resident_nowait(offset, length) and self.reaches_nowait(offset, length)):
             return False
         # SAFETY: the data is exported by its memoryview, the map is held by self. A page that
         # was truncated away meanwhile ends the copy early, and the worker finds out.
-        return self._copy_nowait(target, source, length) and self._reaches_nowait(offset, length)
+        return self._copy_nowait(target, source, length) and self.reaches_nowait(offset, length)
 
     def _copy_nowait(self, target: int, source: int, length: int) -> bool:
         try:

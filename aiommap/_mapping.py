@@ -139,7 +139,13 @@ class Mapping(MappedMemory):
                 self.kernel.move(address_of(scratch), self._address + start, count)
             elif self.file.direct:
                 # SAFETY: inside the map; a page that is missing ends the copy.
-                self.kernel.copy(address_of(scratch), self._address + start, count)
+                try:
+                    copied = self.kernel.copy(address_of(scratch), self._address + start, count)
+                except OSError:
+                    copied = 0
+                if copied != count:
+                    self.check_reach(start, count)
+                    raise self._named(OSError(errno.EIO, os.strerror(errno.EIO)))
             else:
                 self._read_file(start, scratch[:count])
 

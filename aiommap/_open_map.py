@@ -13,11 +13,12 @@ whether the bytes are free and in memory, and only then anything that costs more
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, ClosedResourceError
+from anyio import CancelScope, CapacityLimiter, ClosedResourceError
 
 from . import _buffers, _workers
 from ._claim_lock import ClaimLock
@@ -91,6 +92,7 @@ class OpenMap:
         "closed",
         "closing",
         "flush_at_end",
+        "flush_owed",
         "flusher",
         "kernel",
         "limiter",
@@ -123,6 +125,7 @@ class OpenMap:
         self._raw_stores = False
         self._whole_flushes = 0
         self._ending = 0
+        self.flush_owed: bool = False  # for a store that ended well after the map was closed
 
     # Checks
 
@@ -430,6 +433,24 @@ class OpenMap:
         self._ending -= 1
         await self.let_go()
 
+    async def end_of_use(self, *, failed: bool) -> None:
+        """
+        A view or a store of a closed map has ended: the last one ends the map. Never cancelled.
+
+        :param failed: with an exception, which nothing that is raised here may hide
+        :raises FlushError: unless it failed
+        """
+        if self.in_use:
+            return
+        if not failed:
+            await self.end(flush=self.flush_at_end)
+        elif not self.flush_owed:
+            await self.end(flush=False)
+        else:
+            # What others were told is stored is flushed all the same.
+            with CancelScope(shield=True), suppress(OSError):
+                await self.end(flush=self.flush_at_end)
+
     def close_forgotten(self) -> None:
         """
         Close without waiting and without a flush; from any thread, at any moment.
@@ -468,7 +489,8 @@ class OpenMap:
         if not self.closed or self.in_use or self._ending or mapping is None:
             return []
         self._mapping = None
-        self.pager.close()
+        if self.loop.is_running_here():
+            self.pager.close()
         return [mapping]
 
     def replace(self, mapping: Mapping) -> list[Mapping]:
@@ -517,12 +539,11 @@ class _Storing:
         core.stores -= 1
         # A flush that ran meanwhile may have missed the last of it.
         core.written = True
-        if not core.closed or core.in_use:
-            return
-        if exc_type is GeneratorExit:  # forgotten: nothing can be awaited
-            core.let_go_soon()
-        else:
-            await core.end(flush=core.flush_at_end and exc_type is None)
+        if exc_type is GeneratorExit:  # forgotten, and closed in any thread: nothing can be awaited
+            core.loop.post(core.let_go_soon)
+        elif core.closed:
+            core.flush_owed |= exc_type is None
+            await core.end_of_use(failed=exc_type is not None)
 
 
 def _is_named(file: File | None) -> bool:

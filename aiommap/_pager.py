@@ -93,9 +93,13 @@ class Access(Request, Generic[T]):
 
 
 class Load(Access[None]):
-    """A load of a moderate range, which can be waited for later, or together with others."""
+    """
+    A load of a moderate range, which can be waited for later, or together with others.
 
-    __slots__ = ()
+    :ivar finished: when, by the monotonic clock
+    """
+
+    __slots__ = ("finished",)
 
     def __init__(self, mapping: Mapping, offset: int, length: int) -> None:
         # As the classes above do it, without their calls: it is on the path of every cold view.
@@ -109,18 +113,19 @@ class Load(Access[None]):
         self.offset = offset
         self.length = length
         self.result: None = None  # also where it failed: it may be waited for again
+        self.finished: float = 0.0
 
     def perform(self) -> None:
         assert self.mapping is not None
         try:
             self.mapping.load(self.offset, self.length)
-            self.result = None
+            self.finished = time.monotonic()
         finally:
             self.mapping = None
 
     def perform_not(self) -> None:
         """It was done together with others."""
-        self.result = None
+        self.finished = time.monotonic()
         self.mapping = None
 
 

@@ -357,8 +357,8 @@ class RegionView(Uncopyable):
 
     async def _finish(self, clean: bool, *, failed: bool) -> None:
         core = self._core
-        if core.closed and not core.in_use:
-            await core.end(flush=core.flush_at_end and not failed)
+        if core.closed:
+            await core.end_of_use(failed=failed)
         if not clean and not failed:
             raise BufferError(
                 f"slices or arrays over the buffer of {self!r} are alive: the region is free for "

@@ -87,7 +87,7 @@ class _Search:
         rest = self._stop - self._first
         if rest < len(self._needle) or len(self._under_way) == _AT_ONCE:
             return None
-        count = min(SEARCHED + len(self._needle) - 1, rest)
+        count = min(max(SEARCHED, len(self._needle)) + len(self._needle) - 1, rest)
         start = self._stop - count if self._last else self._first
         return start, start + count
 

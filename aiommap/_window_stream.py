@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from math import inf
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -19,8 +20,8 @@ from ._wait_graph import Claim
 
 READ_AHEAD = 32 << 20
 """
-Bytes that are being read ahead of the window in hand: 8 pieces of 4 MiB kept the disk busy at
-every size of window that was measured.
+Bytes that are being read ahead of the window in hand: so many kept the disk busy at every size of
+window that was measured.
 """
 
 _FIRST_PIECE = 4 << 20
@@ -28,9 +29,12 @@ _LARGEST_PIECE = 16 << 20
 """Bytes that are loaded with one call in a worker, doubled from piece to piece: a hop of 100 us
 for each 4 MiB would be a tenth of what a checksum over them takes."""
 
-_FRESH = 0.01
-"""Seconds for which a window that was loaded ahead counts as loaded: as long as 32 windows of
-1 MiB take where nothing has to be read. Then it is looked up again."""
+_FRESH = 0.05
+"""
+Seconds after the end of a load for which its windows count as loaded, if the file still reaches
+them; later ones are looked up again. Several times what the windows read ahead take where nothing
+has to be read, 10 ms; and short for the kernel, which lets pages go that were not used for long.
+"""
 
 
 class Windows(Uncopyable):
@@ -49,7 +53,7 @@ class Windows(Uncopyable):
         "_core",
         "_doubtful_until",
         "_end",
-        "_last_step",
+        "_fresh_until",
         "_loaded_until",
         "_loads",
         "_loads_end",
@@ -70,10 +74,11 @@ class Windows(Uncopyable):
         self._loads: deque[Load] = deque()
         self._loads_end = offset
         self._piece = _FIRST_PIECE
-        # Up to here they were waited for, and up to here windows are to be looked up all the same.
+        # Up to here they were waited for, until when that counts, and up to here windows are to be
+        # looked up all the same.
         self._loaded_until = offset
+        self._fresh_until = 0.0
         self._doubtful_until = offset
-        self._last_step = 0.0
 
     def __aiter__(self) -> Self:
         return self
@@ -114,12 +119,15 @@ class Windows(Uncopyable):
             core.still_inside(start, stop - start)
             if stop > self._loaded_until:
                 await self._load(start, stop)
-            now = monotonic()
-            if start < self._doubtful_until or now > self._last_step + _FRESH:
+            if (
+                start < self._doubtful_until
+                or monotonic() > self._fresh_until
+                or not core.mapping.reaches_nowait(start, stop - start)
+            ):
                 await self._look_up(start, stop)
-            self._last_step = now
             if self._loads_end + self._piece <= stop + READ_AHEAD:
-                self._read_ahead(stop)
+                with suppress(RuntimeError):  # no threads: not the trouble of this window
+                    self._read_ahead(stop)
             window = self._window = core.mapping.buffer(start, stop - start, False)
         except BaseException as error:
             self._claim = None
@@ -131,18 +139,22 @@ class Windows(Uncopyable):
     async def _load(self, start: int, stop: int) -> None:
         """Have the window's pages loaded ahead, or find them in memory where it all begins."""
         core = self._core
-        if self._last_step == 0 and core.is_ready_nowait(start, stop - start):
+        if self._loads_end == start == self._doubtful_until and core.is_ready_nowait(
+            start, stop - start
+        ):
             # They may all be there: a short range needs no worker then, and a long one has a
             # head start.
             stop = max(stop, min(start + _FIRST_PIECE, self._end))
             self._loads_end = self._loaded_until = self._doubtful_until = stop
             return
         self._read_ahead(stop)
+        fresh_until = self._fresh_until if start < self._loaded_until else inf
         while self._loaded_until < stop and self._loads:
             load = self._loads.popleft()
             end = load.offset + load.length
             try:
                 await core.pager.wait(load)
+                fresh_until = min(fresh_until, load.finished + _FRESH)
             except BaseException as error:
                 # What is wrong may be in another window of the piece; and if this is cancelled,
                 # nobody can wait for it again.
@@ -151,6 +163,7 @@ class Windows(Uncopyable):
                     raise
             finally:
                 self._loaded_until = end
+        self._fresh_until = fresh_until
 
     async def _look_up(self, start: int, stop: int) -> None:
         core = self._core

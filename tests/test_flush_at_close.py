@@ -515,6 +515,29 @@ async def test_a_store_that_outlives_the_closing_is_flushed(
     assert path.read_bytes()[PAGE : 2 * PAGE] == b"x" * PAGE
 
 
+async def test_what_one_store_was_told_is_flushed_when_the_last_one_is_cancelled(
+    fake: FakeKernel, path: Path
+) -> None:
+    """Of two stores that outlive the closing the first ends well, and the last one, cancelled,
+    does not take the flush with it."""
+    m = await mapped_by(fake).open_path(path, "r+")
+    with fake.hold("copy", times=1) as first, fake.hold("copy", after=1, times=1) as second:
+        async with anyio.create_task_group() as tasks:
+            told = begin(tasks, lambda: m.write_at(0, b"x" * 10))
+            await entered(first)
+            cancelled = begin(tasks, lambda: m.write_at(PAGE, b"y" * 10))
+            await entered(second)
+            await m.aclose()
+            first.release.set()
+            assert await told.get() is None
+            assert not fake.names(*SYNCS) or fake.disk.durable(path)[:10] != b"x" * 10
+            cancelled.scope.cancel()
+            second.release.set()
+            await cancelled.done.wait()
+    assert fake.disk.durable(path)[:10] == b"x" * 10
+    await gone(path)
+
+
 @on_asyncio
 async def test_native_cancellation_of_closing(fake: FakeKernel, path: Path) -> None:
     """task.cancel() in the middle of the flush of aclose(): the map is closed, and its memory

@@ -396,15 +396,22 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1.0
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("aiommap._window_stream.monotonic", clock.monotonic)
+    monkeypatch.setattr("aiommap._pager.time", clock)
+    return clock
+
+
 async def test_what_is_in_memory_is_looked_up_at_first_and_then_mapped_ahead(
-    tmp_path: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernel: FakeKernel, clock: Clock
 ) -> None:
     """The first 4 MiB are looked up on the loop, and workers have what follows ready."""
-    monkeypatch.setattr("aiommap._window_stream.monotonic", Clock())
     path = file_of(tmp_path, inc(20 << 20))
     async with Mmap.open_path(path) as m:
         await m.load()
@@ -417,11 +424,9 @@ async def test_what_is_in_memory_is_looked_up_at_first_and_then_mapped_ahead(
 
 
 async def test_a_slow_consumer_has_its_windows_looked_up_again(
-    tmp_path: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kernel: FakeKernel, clock: Clock
 ) -> None:
     """What was loaded ahead long ago may be gone by now: it is looked up, and loaded."""
-    clock = Clock()
-    monkeypatch.setattr("aiommap._window_stream.monotonic", clock)
     path = file_of(tmp_path, inc(8 << 20))
     async with Mmap.open_path(path) as m:
         await m.load()
@@ -432,9 +437,44 @@ async def test_a_slow_consumer_has_its_windows_looked_up_again(
                 kernel.calls.clear()
                 kernel.fail("resident", errno.EAGAIN)
                 clock.now += 1
-        assert spans(kernel, "resident", m) == [(6, 1)]
-        assert spans(kernel, "populate_read", m) == [(6, 1)]
+        assert spans(kernel, "resident", m) == [(6, 1), (7, 1)]
+        assert spans(kernel, "populate_read", m) == [(6, 1), (7, 1)]
     assert total == inc(8 << 20)
+
+
+async def test_a_window_that_was_loaded_and_then_cut_off(tmp_path: Path, clock: Clock) -> None:
+    """However fresh the pages are, a window that the file does not reach any more is an error
+    and not memory that kills the process."""
+    size = 12 << 20
+    path = file_of(tmp_path, inc(size))
+    async with AsyncMmap.open_path(path) as m:
+        seen = 0
+        with pytest.raises(TruncatedError, match="reaches to byte 6291456 "):
+            async for window in m.windows(1 << 20):
+                assert bytes(window) == inc(1 << 20)
+                seen += len(window)
+                if seen == 6 << 20:
+                    os.truncate(path, seen)
+        assert seen == 6 << 20
+        os.truncate(path, size)
+
+
+async def test_a_cancelled_first_step_loads_nothing_twice(
+    tmp_path: Path, kernel: FakeKernel
+) -> None:
+    """The pieces that were begun are those that the next step waits for."""
+    kernel.fail("resident", errno.EAGAIN)
+    size = 16 << 20
+    async with Mmap.open_path(file_of(tmp_path, inc(size))) as m, m.windows(4 << 20) as windows:
+        with kernel.hold("populate_read", times=1) as hold:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(anext, windows)
+                await to_thread.run_sync(hold.wait_entered)
+                tg.cancel_scope.cancel()
+        data = b"".join([bytes(window) async for window in windows])
+        # Each once, and what the cancelled step had waited for is looked up.
+        assert sum(each.arguments[1] for each in loads(kernel)) == size + (4 << 20)
+    assert data == inc(size)
 
 
 async def test_warm_windows_stay_on_the_loop(tmp_path: Path, kernel: FakeKernel) -> None:

@@ -594,10 +594,59 @@ class TestCrew:
 
         monkeypatch.setattr(crew, "_loop", Forgetful())
         with anyio.fail_after(PATIENCE):
-            with pytest.raises(MemoryError):
-                await crew.do(Errand())
-            assert await when_idle(limiter) == 0
             await crew.do(Errand())
+            assert await when_idle(limiter) == 0
+            assert left < 0
+            await crew.do(Errand())
+        assert await when_idle(limiter) == 0
+
+    async def test_no_memory_to_hand_a_group_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor is anybody lost whom a thread has taken when it cannot tell the loop of others."""
+        loop = current_event_loop()
+        limiter = CapacityLimiter(1)
+        failing = 2
+
+        class Forgetful:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(loop, name)
+
+            def post(self, *args: Any) -> bool:
+                nonlocal failing
+                if failing:
+                    failing -= 1
+                    raise MemoryError
+                return loop.post(*args)
+
+        def perform(requests: list[Errand]) -> Generator[list[Errand], None, list[Errand]]:
+            for request in requests:
+                request.work()
+            yield requests[:1]
+            more = crew.take()
+            if more:
+                raise ZeroDivisionError
+            return requests[1:]
+
+        crew: Crew[Errand] = Crew(loop, limiter, threads=1, batch=64, perform=perform)
+        monkeypatch.setattr(crew, "_loop", Forgetful())
+        gate = Gate()
+        outcomes: list[str] = []
+
+        async def caller(request: Errand) -> None:
+            try:
+                await crew.do(request)
+                outcomes.append("done")
+            except ZeroDivisionError:
+                outcomes.append("error")
+
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(caller, Errand(gate))
+                await gate.wait_reached()
+                for _ in range(3):
+                    tasks.start_soon(caller, Errand())
+                await let_others_run()
+                gate.open.set()
+        assert sorted(outcomes) == ["done", "error", "error", "error"]
         assert await when_idle(limiter) == 0
 
     async def test_closed_it_keeps_no_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
