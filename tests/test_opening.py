@@ -24,6 +24,7 @@ from aiommap._event_loop import current_event_loop
 
 from .content import file_of, inc, maps_of, only_linux, open_descriptors, settled_descriptors
 from .fake_kernel import FakeKernel
+from .flushing import mapped_by
 
 pytestmark = pytest.mark.anyio
 
@@ -124,15 +125,20 @@ async def test_files_of_every_kind(tmp_path: Path) -> None:
 
 
 @only_linux
-async def test_a_descriptor_that_passes_memory_by(tmp_path: Path) -> None:
-    """Of a file opened with O_DIRECT, whose reads want aligned buffers, everything works."""
+@pytest.mark.parametrize("populates", [True, False])
+async def test_a_descriptor_that_passes_memory_by(tmp_path: Path, populates: bool) -> None:
+    """Of a file opened with O_DIRECT, whose reads want aligned buffers, everything works, also
+    where the kernel cannot populate pages."""
     path = file_of(tmp_path, inc(N))
+    kernel = FakeKernel()
+    if not populates:
+        kernel.lack("populate")
     try:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT)
     except OSError as exc:
         pytest.skip(f"the file system of {tmp_path} has no O_DIRECT: {exc}")
     try:
-        m = await AsyncMmap.open(fd, "r+")
+        m = await mapped_by(kernel).open(fd, "r+")
     finally:
         os.close(fd)
     async with m:
@@ -151,6 +157,8 @@ async def test_a_descriptor_that_passes_memory_by(tmp_path: Path) -> None:
         os.truncate(path, 4096)
         with pytest.raises(TruncatedError):
             await m.read_at(4000, 1000)
+        with pytest.raises(TruncatedError):
+            await m.load(8192, 1000)
         assert await m.read_at(4000, 96) == b"x" * 96
         os.truncate(path, N)
 
