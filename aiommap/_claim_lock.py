@@ -56,6 +56,10 @@ class RegionLockStatistics:
     longest_queue: int = field(default=0, compare=False)
 
 
+def _who_asks() -> object:
+    return current_event_loop().asking_task()
+
+
 _QUEUE = frozenset(
     f"{__package__}.{name}"
     for name in ("_claim_lock", "_frontier", "_range_index", "_region_queue", "_wait_graph")
@@ -111,6 +115,7 @@ class ClaimLock:
         "_is_running_here",
         "_known_as",
         "_loop",
+        "asking_task",
         "checkpoint",
         "fast_acquire",
         "queue",
@@ -127,6 +132,7 @@ class ClaimLock:
         self._grants_left = GRANTS_PER_YIELD
         self._is_running_here: Callable[[], bool] = self._bind
         self._current_task: Callable[[], object]
+        self.asking_task: Callable[[], object] = _who_asks  # the loop's own, once it is known
         self.checkpoint: Callable[[], Awaitable[object]]  # the loop's own
 
     # Asking
@@ -218,6 +224,16 @@ class ClaimLock:
     def adopt(self, claim: Claim) -> None:
         """Have a held claim belong to the current task."""
         self.queue.hand_over(claim, self._current_task())
+
+    def hand_to(self, asker: object, claim: Claim) -> None:
+        """
+        Have a claim that the current task got belong to the one that asked for it, if the
+        current one does nothing but await it: ``asyncio.gather()``.
+        """
+        loop = self._loop
+        assert loop is not None
+        if asker is not None and asker is not claim.owner and loop.only_awaits(claim.owner):
+            self.queue.hand_over(claim, asker)
 
     def disown(self, claim: Claim) -> None:
         """Have a held claim belong to no task: deadlocks through it are not found."""
@@ -391,6 +407,7 @@ class ClaimLock:
         loop = current_event_loop()
         self._loop = loop
         self._current_task = loop.current_task
+        self.asking_task = loop.asking_task
         self.checkpoint = loop.checkpoint
         self._is_running_here = loop.is_running_here
         return True

@@ -56,6 +56,19 @@ class EventLoop(Protocol):
     def current_task(self) -> object:
         """The running task; None in a callback. :raises RuntimeError: where no loop runs"""
 
+    def asking_task(self) -> object:
+        """
+        Who makes an awaitable, where a task may be put around it; else None. Cheap.
+
+        :raises RuntimeError: where no loop runs
+        """
+
+    def only_awaits(self, task: Any) -> bool:
+        """
+        Whether a task was put around an awaitable and does nothing else: what it gets is for
+        who made the awaitable.
+        """
+
     def has_ended(self, task: Any) -> bool:
         """Whether a task of this loop has finished."""
 
@@ -96,7 +109,7 @@ def _bare_yield() -> Generator[None, None, None]:
 class AsyncioLoop:
     """asyncio, with any loop (uvloop) and any task factory (eager tasks)."""
 
-    __slots__ = ("_loop", "checkpoint", "current_task")
+    __slots__ = ("_loop", "asking_task", "checkpoint", "current_task")
     name = "asyncio"
     would_block: type[Exception] = anyio.WouldBlock
 
@@ -104,10 +117,14 @@ class AsyncioLoop:
         self._loop = loop
         # Bound once: they are on the path of every access.
         self.checkpoint = _bare_yield
-        self.current_task = asyncio.current_task
+        self.current_task = self.asking_task = asyncio.current_task
 
     def is_running_here(self) -> bool:
         return asyncio._get_running_loop() is self._loop
+
+    def only_awaits(self, task: Any) -> bool:
+        # What ensure_future() makes, and with it gather(), and wait_for() before Python 3.12.
+        return task is not None and getattr(task.get_coro(), "__name__", "") == "_wrap_awaitable"
 
     def has_ended(self, task: Any) -> bool:
         ended: bool = task.done()
@@ -180,6 +197,13 @@ class TrioLoop:
             return self._current_token() is self._token
         except RuntimeError:  # no trio in this thread
             return False
+
+    @staticmethod
+    def asking_task() -> object:
+        return None
+
+    def only_awaits(self, task: Any) -> bool:
+        return False
 
     def has_ended(self, task: Any) -> bool:
         return inspect.getcoroutinestate(task.coro) == inspect.CORO_CLOSED

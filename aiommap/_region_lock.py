@@ -190,7 +190,9 @@ class RegionRequest(Uncopyable):
             self._refuse_reuse()
         self._claim = None
         lock = self._lock
+        asker = claim.owner
         await lock.acquire_claim(claim)
+        lock.hand_to(asker, claim)
         return RegionLease(lock, claim)
 
     async def __aenter__(self) -> RegionLease:
@@ -298,7 +300,12 @@ class RegionLock(Uncopyable):
         """
         if type(start) is not int or type(stop) is not int or start > stop:
             start, stop = _check_bounds(start, stop)
-        return RegionRequest(self._claims, Claim(start, stop, False))
+        lock = self._claims
+        try:
+            asker = lock.asking_task()
+        except RuntimeError:  # made outside of an event loop
+            asker = None
+        return RegionRequest(lock, Claim(start, stop, False, asker))
 
     def exclusive(self, start: SupportsIndex, stop: SupportsIndex) -> RegionRequest:
         """
@@ -314,7 +321,12 @@ class RegionLock(Uncopyable):
         """
         if type(start) is not int or type(stop) is not int or start > stop:
             start, stop = _check_bounds(start, stop)
-        return RegionRequest(self._claims, Claim(start, stop, True))
+        lock = self._claims
+        try:
+            asker = lock.asking_task()
+        except RuntimeError:  # made outside of an event loop
+            asker = None
+        return RegionRequest(lock, Claim(start, stop, True, asker))
 
     def shared_nowait(self, start: SupportsIndex, stop: SupportsIndex) -> RegionLease:
         """

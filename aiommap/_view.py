@@ -240,6 +240,13 @@ class MmapView(View):
         """
         return self._owner is self._taker and self._core.loop.has_ended(self._owner)
 
+    def _hand_to(self, asker: object) -> None:
+        """Have it belong to who asked for it, where another task was put around that."""
+        claim = self._claim
+        assert claim is not None
+        self._core.lock.hand_to(asker, claim)
+        self._owner = claim.owner
+
     def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
         return MmapView(self._core, claim, offset, length, None, self._writable)
 
@@ -252,7 +259,7 @@ class ViewOpening(Uncopyable):
     thing that a program does with a map, and every coroutine on the way costs.
     """
 
-    __slots__ = ("_core", "_exclusive", "_length", "_load", "_offset", "_view")
+    __slots__ = ("_asker", "_core", "_exclusive", "_length", "_load", "_offset", "_view")
 
     def __init__(
         self,
@@ -268,6 +275,10 @@ class ViewOpening(Uncopyable):
         self._offset, self._length = check_part(offset, length, core.mapping.length)
         self._exclusive = exclusive
         self._load = load
+        try:
+            self._asker = core.lock.asking_task()
+        except RuntimeError:  # made outside of an event loop
+            self._asker = None
 
     async def __aenter__(self) -> MmapView:
         core, self._core = self._core, None
@@ -304,6 +315,7 @@ class ViewOpening(Uncopyable):
     async def _take(self) -> MmapView:
         view = await self.__aenter__()
         del self._view  # so that dropping it is noticed
+        view._hand_to(self._asker)
         return view
 
     if TYPE_CHECKING:

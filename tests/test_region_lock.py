@@ -804,6 +804,80 @@ async def test_nobody_comes_for_the_half() -> None:
     assert_unused(lock)
 
 
+async def one_of(way: str, awaitable: Awaitable[Any]) -> Any:
+    """What asyncio gives of an awaitable that it awaits in a task of its own."""
+    if way == "wait_for":
+        return await asyncio.wait_for(awaitable, 20)
+    if way == "ensure_future":
+        return await asyncio.ensure_future(awaitable)
+    (result,) = await asyncio.gather(awaitable)
+    return result
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("way", ["wait_for", "gather", "ensure_future"])
+async def test_taken_by_a_task_around_the_await(backend_name: str, way: str, waits: bool) -> None:
+    """A lease belongs to who asked for it: asyncio's task around it has ended by then."""
+    asyncio_only(backend_name)
+    lock = RegionLock()
+    leave = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        if waits:
+            await tasks.start(hold, lock.shared(0, 10), "before", [], leave)
+            asyncio.get_running_loop().call_soon(leave.set)
+        lease = await one_of(way, lock.exclusive(0, 10))
+    with anyio.fail_after(20):
+        with pytest.raises(DeadlockError, match=r"holds \[0, 10\) exclusive itself"):
+            await lock.shared(0, 1)
+        with pytest.raises(DeadlockError, match=r"holds \[20, 30\) exclusive itself"):
+            await one_of(way, own(lock))
+    lease.release()
+    assert_unused(lock)
+
+
+async def own(lock: RegionLock) -> None:
+    """A task of its own, not one around an await: it keeps what it takes."""
+    async with lock.exclusive(20, 30):
+        await lock.exclusive(20, 30)
+
+
+async def test_asked_for_by_another_task(backend_name: str) -> None:
+    """A request belongs to the task that awaits it, if that does anything else."""
+    lock = RegionLock()
+    request = lock.exclusive(0, 10)
+    leave = anyio.Event()
+    taken = anyio.Event()
+
+    async def take() -> None:
+        lease = await request
+        taken.set()
+        with pytest.raises(DeadlockError, match="itself"):
+            await lock.shared(0, 1)
+        await leave.wait()
+        lease.release()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        await taken.wait()
+        await lock.exclusive_nowait(10, 20).__aexit__(None, None, None)
+        tasks.start_soon(hold, lock.shared(0, 1), "later", [], leave)
+        await queued(lock, 1)
+        leave.set()
+    assert_unused(lock)
+
+
+async def test_asked_for_outside_of_a_loop() -> None:
+    """Requests may be made in any thread; they are awaited in the loop's."""
+    lock = RegionLock()
+    async with lock.exclusive(0, 1):
+        pass
+    for request in await anyio.to_thread.run_sync(
+        lambda: (lock.exclusive(0, 1), lock.shared(1, 2), RegionLock().shared(0, 1))
+    ):
+        (await request).release()
+    assert_unused(lock)
+
+
 async def test_lease_dropped_in_a_thread() -> None:
     """The last reference may go in any thread; the release is done by the event loop."""
     lock = RegionLock()

@@ -1093,13 +1093,22 @@ async def test_closed_by_another_task_in_the_middle_of_a_copy(tmp_path: Path, ca
 
 
 @on_asyncio
-@pytest.mark.parametrize("way", ["wait_for", "gather"])
-async def test_taken_by_a_task_around_the_await(m: AsyncMmap, way: str) -> None:
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("way", ["wait_for", "gather", "in a coroutine"])
+async def test_taken_by_a_task_around_the_await(m: AsyncMmap, way: str, used: bool) -> None:
     """asyncio wraps what it waits for in a task, and that has ended when the view arrives."""
+
+    async def take() -> MmapView:
+        return await m.view_mut(0, 10)
+
     if way == "wait_for":
         v = await asyncio.wait_for(m.view_mut(0, 10), 10)
     else:
-        (v,) = await asyncio.gather(m.view_mut(0, 10))
+        (v,) = await asyncio.gather(m.view_mut(0, 10) if way == "gather" else take())
+    if used or way == "in a coroutine":  # which nobody can tell from a task that keeps it
+        v[0] = 1
+    with anyio.fail_after(20), pytest.raises(DeadlockError, match="holds"):
+        await m.read_at(0, 1)
     async with v:
         v[0] = 1
         with pytest.raises(DeadlockError, match="holds"):
