@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 
 def inc(n: int, start: int = 0) -> bytes:
@@ -68,6 +68,15 @@ async def gone(path: Path) -> None:
             return
         await to_thread.run_sync(lambda: None)
     raise AssertionError(f"{path} is still open: {file_descriptors(path)}, {maps_of(path)} maps")
+
+
+async def at_rest(limiter: CapacityLimiter) -> None:
+    """Wait until all threads have handed their tokens back, those of what was abandoned too."""
+    for _ in range(10_000):
+        if limiter.borrowed_tokens == 0:
+            return
+        await to_thread.run_sync(lambda: None)
+    raise AssertionError("a token of the limiter did not come back")
 
 
 only_linux = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from aiommap._flush_batch import FlushLog
 from aiommap._kernel import Kernel
 
 from .cancelling import let_others_run, on_asyncio, sweep
-from .content import file_of, inc, maps_of, open_descriptors
+from .content import at_rest, file_of, inc, maps_of, open_descriptors
 from .fake_kernel import FakeKernel
 from .processes import run_python
 
@@ -53,15 +53,6 @@ class State:
     """What a call of the sweep works on."""
 
     m: AsyncMmap
-
-
-async def is_at_rest(limiter: CapacityLimiter) -> None:
-    """Wait until what was abandoned has ended by itself."""
-    for _ in range(10_000):
-        if limiter.borrowed_tokens == 0:
-            return
-        await to_thread.run_sync(lambda: None)
-    raise AssertionError("a token of the limiter did not come back")
 
 
 async def windows_of(state: State) -> None:
@@ -206,7 +197,7 @@ async def test_sweep(name: str, busy: bool, tmp_path: Path, backend_name: str) -
         m = state.m
         core = m._core
         with anyio.fail_after(PATIENCE):
-            await is_at_rest(limiter)
+            await at_rest(limiter)
         assert core.lock.statistics().waiting == 0, what
         assert m.statistics().waiting == 0, what
         assert m.statistics().views == 0, what

@@ -21,7 +21,7 @@ from aiommap._event_loop import current_event_loop
 from aiommap._workers import finish, run, start
 
 from .cancelling import let_others_run, on_asyncio, on_trio
-from .content import file_of
+from .content import at_rest, file_of
 from .processes import run_python
 
 pytestmark = pytest.mark.anyio
@@ -69,15 +69,6 @@ def new_crew(
     limiter: CapacityLimiter | None = None, *, threads: int = 1, batch: int = 64
 ) -> Crew[Errand]:
     return Crew(current_event_loop(), limiter or CapacityLimiter(10), threads=threads, batch=batch)
-
-
-async def when_idle(limiter: CapacityLimiter) -> int:
-    """Tokens that are out once every thread has handed its own back."""
-    for _ in range(1000):
-        if limiter.borrowed_tokens == 0:
-            break
-        await to_thread.run_sync(lambda: None)
-    return limiter.borrowed_tokens
 
 
 async def lingering(crew: Crew[Errand], threads: int) -> None:
@@ -356,7 +347,7 @@ class TestRun:
         coroutine.close()
         assert limiter.borrowed_tokens == 1
         gate.open.set()
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     @on_trio
     async def test_keyboard_interrupt_while_draining(self) -> None:
@@ -541,7 +532,7 @@ class TestCrew:
                 await crew.do(Errand())
         broken = False
         await crew.do(Errand())
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     @pytest.mark.parametrize("where", ["_begin_announcing", "announce", "_linger", "_take"])
     async def test_a_thread_breaks_off(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +563,7 @@ class TestCrew:
         assert len(outcomes) == 20
         assert (outcomes.count("error") > 0) == (where in ("_begin_announcing", "_take"))
         await crew.do(Errand())
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_no_memory_to_tell_the_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A thread tries again and again to hand back what it did."""
@@ -595,10 +586,10 @@ class TestCrew:
         monkeypatch.setattr(crew, "_loop", Forgetful())
         with anyio.fail_after(PATIENCE):
             await crew.do(Errand())
-            assert await when_idle(limiter) == 0
+            await at_rest(limiter)
             assert left < 0
             await crew.do(Errand())
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_no_memory_to_hand_a_group_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nor is anybody lost whom a thread has taken when it cannot tell the loop of others."""
@@ -647,7 +638,7 @@ class TestCrew:
                 await let_others_run()
                 gate.open.set()
         assert sorted(outcomes) == ["done", "error", "error", "error"]
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_closed_it_keeps_no_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """After close() a thread that waits for more to do has no token, nor waits the next."""
@@ -661,7 +652,7 @@ class TestCrew:
         assert limiter.borrowed_tokens == 0
         await crew.do(Errand())
         assert not crew._lingering
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_cancelled_before_a_thread_took_it(self) -> None:
         """It is not done, and lets go of what it would have touched."""
@@ -780,7 +771,7 @@ class TestStarvation:
             assert limiter.statistics().tasks_waiting == 1
             limiter.release_on_behalf_of(self)
         assert [name for name, _ in log] == ["announce"] * 5 + ["perform"] * 5
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_the_beggar_is_cancelled(self) -> None:
         """Another one begs in its place."""
@@ -799,7 +790,7 @@ class TestStarvation:
             assert limiter.statistics().tasks_waiting == 1
             limiter.release_on_behalf_of(self)
         assert request.done
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     @pytest.mark.parametrize("cancelled", [{0, 1}, {1, 0, 2}, {0, 2}, {3, 0}])
     async def test_several_are_cancelled_in_one_tick(self, cancelled: set[int]) -> None:
@@ -825,7 +816,7 @@ class TestStarvation:
                 assert limiter.statistics().tasks_waiting == 1
                 limiter.release_on_behalf_of(self)
         assert {number for number in range(5) if not requests[number].done} == cancelled
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     @on_asyncio
     @pytest.mark.parametrize("cancelled", [[0, 1], [1, 0], [0, 1, 2]])
@@ -845,7 +836,7 @@ class TestStarvation:
         with anyio.fail_after(PATIENCE):
             await asyncio.wait(callers)
         assert requests[3].done
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
         assert limiter.total_tokens == 1
 
     async def test_the_beggar_comes_too_late(self) -> None:
@@ -866,7 +857,7 @@ class TestStarvation:
             assert limiter.borrowed_tokens == 2  # the test's and the thread's
             gate.open.set()
         limiter.release_on_behalf_of(self)
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_a_busy_crew_does_not_keep_the_token(self) -> None:
         """While one crew always has work, another one on the same limiter is served."""
@@ -888,7 +879,7 @@ class TestStarvation:
                     await other.do(Errand())
                     await run(lambda: None, limiter=limiter)
                 stop = True
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_a_thread_is_refused_after_a_yield(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no thread can be had to go on with, the tasks that wait get the error."""
@@ -916,7 +907,7 @@ class TestStarvation:
                 while len(results) < 2:
                     await let_others_run()
         assert results == ["can't start"] * 2
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
     async def test_many_maps_on_one_token(self, tmp_path: Any) -> None:
         """A CapacityLimiter(1) of the caller's serves many maps, each with many tasks."""
@@ -940,12 +931,13 @@ class TestStarvation:
             async with anyio.create_task_group() as tasks:
                 for number in range(20):
                     tasks.start_soon(work, number)
-        assert await when_idle(limiter) == 0
+        await at_rest(limiter)
 
 
 class TestThreads:
-    def test_threads_are_used_again(self) -> None:
+    def test_threads_are_used_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Work that comes after work is done by the thread that is idle."""
+        monkeypatch.setattr(_workers, "_idle", type(_workers._idle)())
         seen: list[int] = []
         for _ in range(10):
             done = threading.Event()
