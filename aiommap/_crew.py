@@ -1,16 +1,16 @@
 """Threads that take the waiting requests of many tasks together: page-ins, copies, flushes.
 
 A hop between the loop and a thread costs more than most of what is asked for, so it serves a
-batch. A request that is abandoned goes on by itself; it owns what it touches.
+batch. A request that is abandoned goes on by itself; it owns what it touches. How a thread works
+is said in ``_batch_crew.py`` (all at once) and ``_stream_crew.py`` (a few at a time); here is who
+waits, who works, and on whose token.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
@@ -19,28 +19,11 @@ import anyio
 from anyio import CapacityLimiter
 
 from ._event_loop import EventLoop
-from ._workers import (
-    LastCall,
-    Work,
-    acquire_token,
-    post_surely,
-    return_token,
-    start,
-    without_frames,
-)
+from ._workers import LastCall, Work, acquire_token, post_surely, return_token, start
 
 LINGER_SECONDS = 0.002
 """How long a crew's thread without work keeps its token: its end and another's start cost the
 loop 15 us, more than a read."""
-
-MOST_TOGETHER = 16
-QUICK_SECONDS = 0.001
-SLOW_SECONDS = 0.002
-"""
-How many requests a thread does at once and hands back together: more after each time that it
-was quick, fewer after one that was slow, because one of them may keep the others waiting. Each
-hand-over wakes the loop, for 5 us, and takes the GIL from it, for 10 and more.
-"""
 
 
 class Request(Work):
@@ -77,7 +60,7 @@ class Request(Work):
         """Let go of what it touches: it is done, or will not be. From any thread."""
 
 
-class _Seat:
+class Seat:
     """
     A thread's place in a crew: its token of the limiter, and how it is called while it lingers.
 
@@ -97,48 +80,31 @@ R = TypeVar("R", bound=Request)
 
 class Crew(Generic[R]):
     """
-    A few threads that take the waiting requests of many tasks in batches.
+    A few threads that take the waiting requests of many tasks.
 
-    One hop serves a whole batch, so that the cost of a hop is shared, all reads of a batch are
-    under way before the first is waited for, and one device flush serves all who asked before
-    it began. At most ``threads`` batches are worked on at once; each holds one token of the
+    One hop serves many, so that the cost of a hop is shared. Each thread holds one token of the
     limiter. Where the limiter has none left, the crew is *starved* until one of the tasks whose
     requests wait has *begged* a token of it; a task that leaves while it begs calls the next.
-    While others wait for the limiter, a thread gives its token back after each batch.
+    While others wait for the limiter, a thread gives its token back after what it has in hand.
 
-    :param threads: how many work at once
-    :param batch: how many requests may be announced and not done
-    :param announcer: one more thread announces what comes while they all wait
-    :param perform: does a batch, in a worker, and must not raise; it sets ``error`` of the
-        requests that failed, and gives groups of those that are done: yields them where it
-        goes on, and returns the last. If it takes long it can :meth:`take` what comes
-        meanwhile, and must :meth:`put_back` what is left while others wait for the limiter
+    :param threads: how many at once
+    :param batch: how many requests may be in hand, or announced
     """
 
+    takes_any = False
+    """Whether a thread takes whatever waits, or only what is short together with others."""
+
     def __init__(
-        self,
-        loop: EventLoop,
-        limiter: CapacityLimiter,
-        *,
-        threads: int,
-        batch: int,
-        announcer: bool = False,
-        perform: Callable[[list[R]], Generator[Sequence[R], None, Sequence[R]]] | None = None,
+        self, loop: EventLoop, limiter: CapacityLimiter, *, threads: int, batch: int
     ) -> None:
         self._loop = loop
         self._limiter = limiter
-        self._performers = threads
-        self._threads = threads + announcer
+        self._threads = threads
         self._batch = batch
-        self._perform = perform
         self._waiting: deque[R] = deque()
         self._announced = 0  # the first so many of those were announced
-        self._some = 1  # how many are done together
-        self._in_hand: list[R] = []  # what one run of ``perform`` was given and took
-        self._lingering: list[_Seat] = []  # of threads without work
+        self._lingering: list[Seat] = []  # of threads without work
         self._closed = False
-        self._asked_for_help = False
-        self._performing = 0  # threads that may be waiting for the disk
         # Between the loop and the threads: who takes the last request, and whether a request
         # was taken before it was abandoned. Held for a few instructions, never in a wait.
         # Re-entrant, because the garbage collector may run in between, and end something that
@@ -295,7 +261,7 @@ class Crew(Generic[R]):
             self._active += wanted
         try:
             if wanted:
-                start(partial(self._work, _Seat(token)))
+                start(partial(self._work, Seat(token)))
         except BaseException:
             wanted = False
             with self._lock:
@@ -307,38 +273,58 @@ class Crew(Generic[R]):
             if not wanted:
                 self._limiter.release_on_behalf_of(token)
 
-    def _work(self, seat: _Seat) -> LastCall:
-        if self._perform is None:
-            done = self._work_off(seat)
-        else:
-            done = self._work_in_batches(self._perform)
+    def _work(self, seat: Seat) -> LastCall:
+        done = self._work_off(seat)
         # In one call where there is nothing left to do: each wakes the loop, which then wants
         # the interpreter while this thread still has it (50 us and more for who waits).
         return LastCall(partial(self._leave, done, seat))
 
-    def _leave(self, done: Sequence[R], seat: _Seat) -> None:
+    def _leave(self, done: Sequence[R], seat: Seat) -> None:
         posted = post_surely(self._loop, self._deliver_and_retire, done, seat)
         if not posted and seat.token is not None:
             return_token(self._limiter, seat.token)
 
-    def _work_in_batches(
-        self, perform: Callable[[list[R]], Generator[Sequence[R], None, Sequence[R]]]
-    ) -> Sequence[R]:
-        """Do what waits; gives what is still to be delivered."""
-        done: Sequence[R] = ()
-        try:
-            while self._take():
-                if done:
-                    post_surely(self._loop, self._deliver, done)
-                    done = ()
-                done = self._perform_batch(perform(self._in_hand))
-        except BaseException as exc:
-            return [*done, *self._break_off(self._in_hand, exc)]
-        return done
+    def _work_off(self, seat: Seat) -> Sequence[R]:
+        """Do what waits, in a worker, until :meth:`_linger`; gives what is to be delivered."""
+        raise NotImplementedError
 
-    def _break_off(
-        self, requests: Sequence[R], error: BaseException, *, performing: bool = False
-    ) -> Sequence[R]:
+    def _has_work(self) -> bool:
+        """Whether there is something to do for one thread more."""
+        return bool(self._waiting)
+
+    def _is_help_wanted(self) -> bool:
+        """Whether there is something to do that no thread will come to by itself."""
+        return not self._active and self._has_work()
+
+    def _linger(self, seat: Seat, done: Sequence[R] = ()) -> Sequence[R] | None:
+        """
+        Wait a moment for more, which saves a thread's end and another's start.
+
+        :param done: to be delivered
+        :return: None: there is work; else the thread must end, and deliver this
+        """
+        with self._lock:
+            more = not self._yielding and self._has_work()
+            if not more:
+                if self._yielding or self._closed or self._limiter.available_tokens < 1:
+                    self._active -= 1
+                    return done
+                self._lingering.append(seat)
+        # Afterwards, so that there is little left to do: the loop wakes, and wants the interpreter.
+        if done:
+            post_surely(self._loop, self._deliver, done)
+        if more:
+            return None
+        if not seat.bell.acquire(timeout=LINGER_SECONDS):
+            with self._lock:
+                if seat in self._lingering:
+                    self._lingering.remove(seat)
+                    self._active -= 1
+                    return ()
+            seat.bell.acquire()  # it is being rung
+        return () if seat.token is None else None  # sent away, or called
+
+    def _break_off(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
         """
         The thread ends because of something that nobody has thought of, or for want of memory:
         who waits for it gets the error, and if that is nobody, who waits next. Then an error
@@ -346,24 +332,7 @@ class Crew(Generic[R]):
         """
         with self._lock:
             self._active -= 1
-            self._performing -= performing
-            self._asked_for_help = False
             return self._spoilt(requests or self._pop(self._batch), error)
-
-    def _perform_batch(self, steps: Generator[Sequence[R], None, Sequence[R]]) -> Sequence[R]:
-        """Deliver group by group; gives the last one."""
-        try:
-            while True:
-                group = next(steps)
-                post_surely(self._loop, self._deliver, group)
-                given = set(map(id, group))
-                self._in_hand = [each for each in self._in_hand if id(each) not in given]
-        except StopIteration as stop:
-            last: Sequence[R] = stop.value
-            return last
-        except BaseException as exc:
-            # Those too that it took meanwhile.
-            return self._spoilt([each for each in self._in_hand if each.taken], exc)
 
     def _spoilt(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
         """A mistake of ours, or no memory: better an error than tasks that wait for ever."""
@@ -372,134 +341,18 @@ class Crew(Generic[R]):
                 request.error = error
         return requests
 
-    def _deliver_and_retire(self, requests: Sequence[R], seat: _Seat) -> None:
+    def _deliver_and_retire(self, requests: Sequence[R], seat: Seat) -> None:
         self._deliver(requests)
         token, seat.token = seat.token, None
         if token is not None:  # else it comes twice, or was sent away
             self._retire(token)
-
-    # Without a perform of its own
-
-    def announce(self, requests: Sequence[R]) -> None:
-        """Start what the requests will need, without waiting. In a worker."""
-        for request in requests:
-            request.announce()
-
-    def perform_some(self, requests: Sequence[R]) -> None:
-        """Do a few requests that were announced, in a worker."""
-        for request in requests:
-            try:
-                request.perform()
-            except BaseException as exc:
-                request.error = without_frames(exc)
-
-    def _work_off(self, seat: _Seat) -> Sequence[R]:
-        """
-        Do what waits, a few requests at a time; gives what is still to be delivered. What nobody
-        works on yet stays in the queue, announced, so that a request which takes long holds up
-        no more than those beside it.
-        """
-        post = self._loop.post
-        requests: list[R] = []
-        performing = False
-        try:
-            while True:
-                fresh = self._begin_announcing()
-                if fresh:
-                    with suppress(Exception):  # a hint; what is wrong comes up again
-                        self.announce(fresh)
-                with self._lock:
-                    some = self._some
-                    # The last of several threads leaves waiting to the others.
-                    if self._may_perform():
-                        requests = self._pop(some)
-                        performing = bool(requests)
-                        self._performing += performing
-                    help_wanted = self._is_help_wanted() and not self._asked_for_help
-                    self._asked_for_help |= help_wanted
-                if help_wanted:
-                    post(self._help)
-                if not requests:
-                    if self._linger(seat):
-                        continue
-                    return ()
-                began = time.monotonic()
-                try:
-                    self.perform_some(requests)
-                except BaseException as exc:
-                    self._spoilt(requests, exc)
-                took = time.monotonic() - began
-                self._performing_ends()
-                performing = False
-                if took > SLOW_SECONDS:
-                    self._some = max(some // 2, 1)
-                elif took < QUICK_SECONDS and len(requests) == some:
-                    self._some = min(some * 2, MOST_TOGETHER)
-                post_surely(self._loop, self._deliver, requests)
-                requests = []
-        except BaseException as exc:
-            return self._break_off(requests, exc, performing=performing)
-
-    def _has_work(self) -> bool:
-        """Whether there is something to do for one thread more."""
-        if self._may_perform():
-            return bool(self._waiting)
-        return self._announced < min(len(self._waiting), self._batch)
-
-    def _may_perform(self) -> bool:
-        return self._performing < self._performers
-
-    def _performing_ends(self) -> None:
-        with self._lock:
-            self._performing -= 1
-
-    def _is_help_wanted(self) -> bool:
-        """Whether there is something to do while all threads may be waiting for the disk."""
-        return self._performing == self._active < self._threads and self._has_work()
-
-    def _linger(self, seat: _Seat) -> bool:
-        """Wait a moment for more, which saves a thread's end and another's start."""
-        with self._lock:
-            if not self._yielding and self._has_work():
-                return True
-            if self._yielding or self._closed or self._limiter.available_tokens < 1:
-                self._active -= 1
-                return False
-            self._lingering.append(seat)
-        if not seat.bell.acquire(timeout=LINGER_SECONDS):
-            with self._lock:
-                if seat in self._lingering:
-                    self._lingering.remove(seat)
-                    self._active -= 1
-                    return False
-            seat.bell.acquire()  # it is being rung
-        return seat.token is not None  # else it was sent away
-
-    def _help(self) -> None:
-        """A thread leaves requests to others, because it may have to wait for the disk."""
-        with self._lock:
-            self._asked_for_help = False
-            wanted = self._active > 0 and self._is_help_wanted()
-        if wanted:
-            with suppress(RuntimeError):  # no more threads: the one at work goes on
-                self._hire()
-
-    def _begin_announcing(self) -> list[R]:
-        with self._lock:
-            if self._announced >= min(len(self._waiting), self._batch):
-                return []
-            if len(self._waiting) == 1 and self._may_perform():
-                return []  # it is done at once
-            fresh = list(islice(self._waiting, self._announced, self._batch))
-            self._announced += len(fresh)
-        return [request for request in fresh if not request._abandoned]
 
     def _pop(self, most: int) -> list[R]:
         """The next requests that somebody wants; none while others wait for the limiter."""
         requests: list[R] = []
         while self._waiting and len(requests) < most and not self._yielding:
             request = self._waiting[0]
-            if requests and not (request.together or self._perform):
+            if requests and not (request.together or self.takes_any):
                 break
             self._waiting.popleft()
             self._announced -= self._announced > 0
@@ -510,38 +363,10 @@ class Crew(Generic[R]):
                 requests.append(request)
         return requests
 
-    def _take(self) -> bool:
-        """Begin a batch of what waits; False: there is none, and the thread has ended."""
-        with self._lock:
-            self._in_hand = []
-            taken = bool(self.take())
-            self._active -= not taken
-        return taken
-
-    def take(self) -> list[R]:
-        """A batch of what waits; none while others wait for the limiter. For ``perform``."""
-        with self._lock:
-            requests = self._pop(self._batch)
-            self._in_hand = self._in_hand + requests
-        return requests
-
     @property
     def waiting(self) -> int:
         """About how many requests wait that no thread has taken."""
         return len(self._waiting)
-
-    def put_back(self, requests: Sequence[R]) -> bool:
-        """
-        Have requests done by a later ``perform``, if others wait for the limiter; whether so.
-
-        Found out with every group that ``perform`` gives, also with an empty one.
-        """
-        with self._lock:
-            if self._yielding:
-                for request in reversed(requests):
-                    request._taken = False
-                    self._waiting.appendleft(request)
-            return self._yielding
 
     def _deliver(self, requests: Sequence[R]) -> None:
         limiter = self._limiter

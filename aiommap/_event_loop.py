@@ -214,7 +214,7 @@ class TrioLoop:
     def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
         try:
             self._token.run_sync_soon(callback, *args)
-        except self._run_finished:
+        except (self._run_finished, OSError):  # the latter where a guest run was abandoned
             return False
         return True
 

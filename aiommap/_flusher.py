@@ -1,9 +1,9 @@
 """Flushes of one map: few device flushes for many tasks, and a failure that stays.
 
-One thread flushes, a batch of requests at a time (:class:`~aiommap._crew.Crew`); what may
-be told to whom is :mod:`aiommap._flush_batch`'s. It is one thread for the sake of truth: the
-kernel tells a failed write-back to one caller of an open file only. With two, the one that
-was told nothing could report success before the other has latched the failure.
+One thread flushes, a batch of requests at a time (:class:`~aiommap._batch_crew.BatchCrew`);
+what may be told to whom is :mod:`aiommap._flush_batch`'s. It is one thread for the sake of
+truth: the kernel tells a failed write-back to one caller of an open file only. With two, the
+one that was told nothing could report success before the other has latched the failure.
 
 How a batch is flushed
 ----------------------
@@ -32,8 +32,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -42,7 +41,8 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _workers
-from ._crew import Crew, Request
+from ._batch_crew import BatchCrew
+from ._crew import Request
 from ._errors import FlushError, Range, TruncatedError
 from ._event_loop import EventLoop
 from ._file import File, Filename
@@ -102,7 +102,7 @@ class _Flush(Request):
         ticket: Ticket | None = None,
     ) -> None:
         super().__init__()
-        self.file = file
+        self.file: File | None = file
         self.mapping = mapping
         self.offset = offset
         self.length = length
@@ -112,8 +112,7 @@ class _Flush(Request):
         self.wanted = True
 
     def forget(self) -> None:
-        with suppress(AttributeError):
-            del self.file  # which would keep its descriptor open
+        self.file = None  # which would keep its descriptor open
 
 
 class _Start(Request):
@@ -183,9 +182,9 @@ class Flusher:
         # Held in workers only, while the file is cut: so that no flush takes that for a
         # truncation by somebody else.
         self._cut_lock = threading.Lock()
-        self._crew: Crew[_Flush] = Crew(loop, limiter, threads=1, batch=4096, perform=self._perform)
-        self._starters: Crew[_Start] = Crew(
-            loop, limiter, threads=1, batch=4096, perform=self._perform_starts
+        self._crew: BatchCrew[_Flush] = BatchCrew(loop, limiter, batch=4096, perform=self._perform)
+        self._starters: BatchCrew[_Start] = BatchCrew(
+            loop, limiter, batch=4096, perform=self._perform_starts
         )
         self._bulk = _Bulk()
         self._piece = BULK
@@ -193,6 +192,11 @@ class Flusher:
         self.write_backs: int = 0
 
     # On the loop
+
+    def close(self) -> None:
+        """The map is gone: no thread waits for more to do. What is under way goes on."""
+        self._crew.close()
+        self._starters.close()
 
     @property
     def done(self) -> int:
@@ -213,24 +217,27 @@ class Flusher:
     def _error(self, failure: Failure) -> FlushError:
         return FlushError(failure.errno, failure.ranges, self._filename)
 
-    async def flush(self, mapping: Mapping, offset: int, length: int) -> None:
+    def flush(self, mapping: Mapping, offset: int, length: int) -> Coroutine[Any, Any, None]:
         """
-        Make a range durable. A checkpoint.
+        Make a range durable: await it. A checkpoint.
 
         :raises FlushError: this flush failed, or an earlier one that was not cleared
         :raises TruncatedError: the file does not reach the range
         """
         assert mapping.file is not None
         self.check()
-        request = _Flush(mapping.file, weakref.ref(mapping), offset, length, self._log.failures)
-        del mapping
-        await self._do(request)
+        return self._do(
+            _Flush(mapping.file, weakref.ref(mapping), offset, length, self._log.failures)
+        )
 
     async def _do(self, request: _Flush) -> None:
         await checkpoint_if_cancelled()  # of a task that is cancelled already nothing begins
         self.requested += 1
         try:
-            await self._crew.do(request)
+            # Crew.do(), without its frame: a hundred tasks that commit are bound by such things.
+            request.parking = self._loop.parking()
+            self._crew.submit(request)
+            await self._crew.wait(request)
         except BaseException:
             request.wanted = False
             raise
@@ -428,7 +435,9 @@ class Flusher:
     def _flush(self, requests: list[_Flush], *, in_bulk: bool) -> None:
         """One device flush, or a few, for all requests that may be served. Never raises."""
         try:
-            size, reach, limit = self._reach(requests[0].file)
+            file = requests[0].file
+            assert file is not None
+            size, reach, limit = self._reach(file)
         except BaseException as exc:
             for each in requests:
                 each.error = exc
@@ -483,6 +492,7 @@ class Flusher:
                     mapping.sync_range(offset, length)
                 return ranges
         file = requests[0].file
+        assert file is not None
         file.kernel.sync_data(file.fd)
         # Bytes that were truncated away are not durable, whatever the kernel says.
         _, reach, limit = self._reach(file)

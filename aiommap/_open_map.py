@@ -12,7 +12,7 @@ whether the bytes are free and in memory, and only then anything that costs more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -357,18 +357,18 @@ class OpenMap:
         # Written, and then set to READ: the bytes are still to be made durable.
         return self._unflushed and not mapping.private and _is_named(mapping.file)
 
-    async def flush(self, offset: int, length: int) -> None:
-        """Make a range durable."""
-        self.flusher.check()
-        if self._is_nothing_to_flush(self.mapping, length):
-            await self.loop.checkpoint()
-        elif offset == 0 and length == self.mapping.length:
-            await self._flush_all(length)
-        else:
-            # The mapping in no variable of a waiting task: see _take_unused().
-            await self.flusher.flush(self.mapping, offset, length)
+    def flush(self, offset: int, length: int) -> Awaitable[None]:
+        """Make a range durable: await it."""
+        mapping = self.mapping
+        if self._is_nothing_to_flush(mapping, length):
+            self.flusher.check()
+            return self.loop.checkpoint()
+        if offset == 0 and length == mapping.length:
+            return self._flush_all(length)
+        return self.flusher.flush(mapping, offset, length)
 
     async def _flush_all(self, length: int) -> None:
+        self.flusher.check()
         # Before it begins: what is stored from now on is not this flush's.
         self.written = self._raw_stores or self.views > 0
         self._whole_flushes += 1
@@ -491,6 +491,7 @@ class OpenMap:
         self._mapping = None
         if self.loop.is_running_here():
             self.pager.close()
+            self.flusher.close()
         return [mapping]
 
     def replace(self, mapping: Mapping) -> list[Mapping]:

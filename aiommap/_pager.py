@@ -26,12 +26,13 @@ from typing import Any, Generic, TypeVar
 from anyio import CapacityLimiter
 
 from ._byte_search import search
-from ._crew import Crew, Request
+from ._crew import Request
 from ._errors import TruncatedError
 from ._event_loop import EventLoop, Parking
 from ._kernel import new_bytes
 from ._mapping import Mapping
 from ._slow_log import log_if_slow
+from ._stream_crew import StreamCrew
 from ._workers import forgetful
 
 T = TypeVar("T")
@@ -129,7 +130,7 @@ class Load(Access[None]):
         self.mapping = None
 
 
-class _PagingCrew(Crew[Access[Any]]):
+class _PagingCrew(StreamCrew[Access[Any]]):
     """A crew that knows what page-ins have in common: one call for many of them."""
 
     def announce(self, requests: Sequence[Access[Any]]) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from aiommap._event_loop import current_event_loop
 
+from .processes import run_python
+
 pytestmark = pytest.mark.anyio
 
 
@@ -67,6 +69,34 @@ async def test_park_is_cancelled_by_a_scope() -> None:
     with anyio.move_on_after(0) as scope:
         await parking.park()
     assert scope.cancelled_caught
+
+
+def test_post_to_an_abandoned_guest_run() -> None:
+    """Where trio's host loop ends before it, that is the end of the loop: no error in a thread."""
+    code = """
+        import gc, trio
+        from collections import deque
+        from aiommap._event_loop import current_event_loop
+
+        async def main():
+            loops.append(current_event_loop())
+            await trio.sleep_forever()
+
+        calls, loops = deque(), []
+        trio.lowlevel.start_guest_run(
+            main, run_sync_soon_threadsafe=calls.append, done_callback=print
+        )
+        while not loops:
+            calls.popleft()()
+        assert loops[0].post(print)
+        while not calls:  # trio's thread has woken, and refers to the run no more
+            pass
+        calls.clear()
+        gc.collect()
+        assert not loops[0].post(print)
+        print("ok")
+    """
+    assert run_python(code).stdout == "ok\n"
 
 
 async def test_post_from_a_thread_wakes_the_loop() -> None:

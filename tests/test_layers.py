@@ -23,7 +23,8 @@ _claim_lock _file
 _mapped_memory
 _mapping
 _byte_search _map_making _workers
-_crew _reshaping
+_crew
+_batch_crew _stream_crew _reshaping
 _region_lock _pager _flusher
 _open_map
 _searching _pins _window_stream _region_view _arguments

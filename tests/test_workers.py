@@ -16,8 +16,10 @@ from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, _crew, _workers
+from aiommap._batch_crew import BatchCrew
 from aiommap._crew import Crew, Request
 from aiommap._event_loop import current_event_loop
+from aiommap._stream_crew import StreamCrew
 from aiommap._workers import finish, run, start
 
 from .cancelling import let_others_run, on_asyncio, on_trio
@@ -67,8 +69,9 @@ class Errand(Request):
 
 def new_crew(
     limiter: CapacityLimiter | None = None, *, threads: int = 1, batch: int = 64
-) -> Crew[Errand]:
-    return Crew(current_event_loop(), limiter or CapacityLimiter(10), threads=threads, batch=batch)
+) -> StreamCrew[Errand]:
+    limiter = limiter or CapacityLimiter(10)
+    return StreamCrew(current_event_loop(), limiter, threads=threads, batch=batch)
 
 
 async def lingering(crew: Crew[Errand], threads: int) -> None:
@@ -511,7 +514,7 @@ class TestCrew:
         the crew works on."""
         broken = True
 
-        class Careless(Crew[Errand]):
+        class Careless(StreamCrew[Errand]):
             def perform_some(self, requests: Sequence[Errand]) -> None:
                 if broken:
                     raise MemoryError
@@ -524,9 +527,10 @@ class TestCrew:
             return requests
 
         limiter = CapacityLimiter(1)
-        crew = Careless(
-            current_event_loop(), limiter, threads=1, batch=64, perform=perform if own else None
-        )
+        loop = current_event_loop()
+        crew: Crew[Errand] = Careless(loop, limiter, threads=1, batch=64)
+        if own:
+            crew = BatchCrew(loop, limiter, batch=64, perform=perform)
         for _ in range(2):
             with pytest.raises(MemoryError):
                 await crew.do(Errand())
@@ -534,7 +538,7 @@ class TestCrew:
         await crew.do(Errand())
         await at_rest(limiter)
 
-    @pytest.mark.parametrize("where", ["_begin_announcing", "announce", "_linger", "_take"])
+    @pytest.mark.parametrize("where", ["_begin_announcing", "announce", "_linger", "take"])
     async def test_a_thread_breaks_off(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Wherever a thread fails, for want of memory say: nobody is left waiting, the token comes
         back, and the crew works on."""
@@ -544,8 +548,9 @@ class TestCrew:
             return requests
 
         limiter = CapacityLimiter(1)
-        own = perform if where == "_take" else None
-        crew: Crew[Errand] = Crew(current_event_loop(), limiter, threads=1, batch=64, perform=own)
+        crew: Crew[Errand] = new_crew(limiter)
+        if where == "take":
+            crew = BatchCrew(current_event_loop(), limiter, batch=64, perform=perform)
         outcomes: list[str] = []
 
         async def caller() -> None:
@@ -561,7 +566,7 @@ class TestCrew:
                 for _ in range(20):
                     tasks.start_soon(caller)
         assert len(outcomes) == 20
-        assert (outcomes.count("error") > 0) == (where in ("_begin_announcing", "_take"))
+        assert (outcomes.count("error") > 0) == (where in ("_begin_announcing", "take"))
         await crew.do(Errand())
         await at_rest(limiter)
 
@@ -569,7 +574,7 @@ class TestCrew:
         """A thread tries again and again to hand back what it did."""
         loop = current_event_loop()
         limiter = CapacityLimiter(1)
-        crew: Crew[Errand] = Crew(loop, limiter, threads=1, batch=64)
+        crew = new_crew(limiter)
         left = 30
 
         class Forgetful:
@@ -617,7 +622,7 @@ class TestCrew:
                 raise ZeroDivisionError
             return requests[1:]
 
-        crew: Crew[Errand] = Crew(loop, limiter, threads=1, batch=64, perform=perform)
+        crew = BatchCrew(loop, limiter, batch=64, perform=perform)
         monkeypatch.setattr(crew, "_loop", Forgetful())
         gate = Gate()
         outcomes: list[str] = []

@@ -1,0 +1,153 @@
+"""A crew that does requests a few at a time, and starts what the next ones need: page-ins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import TypeVar
+
+from anyio import CapacityLimiter
+
+from ._crew import Crew, Request, Seat
+from ._event_loop import EventLoop
+from ._workers import post_surely, without_frames
+
+MOST_TOGETHER = 16
+QUICK_SECONDS = 0.001
+SLOW_SECONDS = 0.002
+"""
+How many requests a thread does at once and hands back together: more after each time that it
+was quick, fewer after one that was slow, because one of them may keep the others waiting. Each
+hand-over wakes the loop, for 5 us, and takes the GIL from it, for 10 and more.
+"""
+
+R = TypeVar("R", bound=Request)
+
+
+class StreamCrew(Crew[R]):
+    """
+    A few threads that do waiting requests, having announced many of them.
+
+    All reads of a batch are under way before the first is waited for.
+
+    :param threads: how many do requests at once
+    :param batch: how many requests may be announced and not done
+    :param announcer: one more thread announces what comes while they all wait
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        limiter: CapacityLimiter,
+        *,
+        threads: int,
+        batch: int,
+        announcer: bool = False,
+    ) -> None:
+        super().__init__(loop, limiter, threads=threads + announcer, batch=batch)
+        self._performers = threads
+        self._performing = 0  # threads that may be waiting for the disk
+        self._some = 1  # how many are done together
+        self._asked_for_help = False
+
+    def announce(self, requests: Sequence[R]) -> None:
+        """Start what the requests will need, without waiting. In a worker."""
+        for request in requests:
+            request.announce()
+
+    def perform_some(self, requests: Sequence[R]) -> None:
+        """Do a few requests that were announced, in a worker."""
+        for request in requests:
+            try:
+                request.perform()
+            except BaseException as exc:
+                request.error = without_frames(exc)
+
+    def _work_off(self, seat: Seat) -> Sequence[R]:
+        """
+        Do what waits, a few requests at a time; gives what is still to be delivered. What nobody
+        works on yet stays in the queue, announced, so that a request which takes long holds up
+        no more than those beside it.
+        """
+        post = self._loop.post
+        requests: list[R] = []
+        performing = False
+        try:
+            while True:
+                fresh = self._begin_announcing()
+                if fresh:
+                    with suppress(Exception):  # a hint; what is wrong comes up again
+                        self.announce(fresh)
+                with self._lock:
+                    some = self._some
+                    # The last of several threads leaves waiting to the others.
+                    if self._may_perform():
+                        requests = self._pop(some)
+                        performing = bool(requests)
+                        self._performing += performing
+                    help_wanted = self._is_help_wanted() and not self._asked_for_help
+                    self._asked_for_help |= help_wanted
+                if help_wanted:
+                    post(self._help)
+                if not requests:
+                    left = self._linger(seat)
+                    if left is not None:
+                        return left
+                    continue
+                began = time.monotonic()
+                try:
+                    self.perform_some(requests)
+                except BaseException as exc:
+                    self._spoilt(requests, exc)
+                took = time.monotonic() - began
+                self._performing_ends()
+                performing = False
+                if took > SLOW_SECONDS:
+                    self._some = max(some // 2, 1)
+                elif took < QUICK_SECONDS and len(requests) == some:
+                    self._some = min(some * 2, MOST_TOGETHER)
+                post_surely(self._loop, self._deliver, requests)
+                requests = []
+        except BaseException as exc:
+            with self._lock:
+                self._performing -= performing
+                self._asked_for_help = False
+                return self._break_off(requests, exc)
+
+    def _has_work(self) -> bool:
+        """Whether there is something to do for one thread more."""
+        if self._may_perform():
+            return bool(self._waiting)
+        return self._announced < min(len(self._waiting), self._batch)
+
+    def _may_perform(self) -> bool:
+        return self._performing < self._performers
+
+    def _performing_ends(self) -> None:
+        with self._lock:
+            self._performing -= 1
+
+    def _is_help_wanted(self) -> bool:
+        # All threads may be waiting for the disk.
+        return self._performing == self._active < self._threads and self._has_work()
+
+    def _help(self) -> None:
+        """A thread leaves requests to others, because it may have to wait for the disk."""
+        with self._lock:
+            self._asked_for_help = False
+            wanted = self._active > 0 and self._is_help_wanted()
+        if wanted:
+            with suppress(RuntimeError):  # no more threads: the one at work goes on
+                self._hire()
+
+    def _begin_announcing(self) -> list[R]:
+        with self._lock:
+            if self._announced >= min(len(self._waiting), self._batch):
+                return []
+            if len(self._waiting) == 1 and self._may_perform():
+                return []  # it is done at once
+            fresh = list(islice(self._waiting, self._announced, self._batch))
+            self._announced += len(fresh)
+        return [request for request in fresh if not request._abandoned]
