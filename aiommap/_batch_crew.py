@@ -54,7 +54,7 @@ class BatchCrew(Crew[R]):
                     return left
                 done = ()
         except BaseException as exc:
-            return [*done, *self._break_off(self._in_hand, exc)]
+            return [*done, *self._break_off(seat, self._in_hand, exc)]
 
     def _perform_batch(self, steps: Generator[Sequence[R], None, Sequence[R]]) -> Sequence[R]:
         """Deliver group by group; gives the last one."""

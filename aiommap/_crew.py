@@ -324,14 +324,17 @@ class Crew(Generic[R]):
             seat.bell.acquire()  # it is being rung
         return () if seat.token is None else None  # sent away, or called
 
-    def _break_off(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
+    def _break_off(self, seat: Seat, requests: Sequence[R], error: BaseException) -> Sequence[R]:
         """
         The thread ends because of something that nobody has thought of, or for want of memory:
         who waits for it gets the error, and if that is nobody, who waits next. Then an error
         that comes again and again leaves nobody waiting.
         """
         with self._lock:
-            self._active -= 1
+            if seat in self._lingering:
+                self._lingering.remove(seat)
+            if seat.token is not None:  # else it was sent away, and does not count any more
+                self._active -= 1
             return self._spoilt(requests or self._pop(self._batch), error)
 
     def _spoilt(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:

@@ -114,7 +114,7 @@ class StreamCrew(Crew[R]):
             with self._lock:
                 self._performing -= performing
                 self._asked_for_help = False
-                return self._break_off(requests, exc)
+                return self._break_off(seat, requests, exc)
 
     def _has_work(self) -> bool:
         """Whether there is something to do for one thread more."""
