@@ -47,7 +47,7 @@ class BatchCrew(Crew[R]):
         try:
             while True:
                 if self.take():
-                    done = self._perform_batch(self._perform(self._in_hand))
+                    done = self._perform_batch(self._perform(list(self._in_hand)))
                     self._in_hand = []
                 left = self._linger(seat, done)
                 if left is not None:
@@ -74,9 +74,9 @@ class BatchCrew(Crew[R]):
     def take(self) -> list[R]:
         """A batch of what waits; none while others wait for the limiter. For ``perform``."""
         with self._lock:
-            requests = self._pop(self._batch)
-            self._in_hand = self._in_hand + requests
-        return requests
+            before = len(self._in_hand)
+            self._pop(before + self._batch, self._in_hand)
+            return self._in_hand[before:]
 
     def put_back(self, requests: Sequence[R]) -> bool:
         """

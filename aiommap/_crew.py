@@ -273,11 +273,18 @@ class Crew(Generic[R]):
             if not wanted:
                 self._limiter.release_on_behalf_of(token)
 
-    def _work(self, seat: Seat) -> LastCall:
-        done = self._work_off(seat)
+    def _work(self, seat: Seat) -> LastCall | None:
+        try:
+            done = self._work_off(seat)
+        except BaseException as exc:  # it did not even begin
+            done = self._break_off(seat, (), exc)
         # In one call where there is nothing left to do: each wakes the loop, which then wants
         # the interpreter while this thread still has it (50 us and more for who waits).
-        return LastCall(partial(self._leave, done, seat))
+        try:
+            return LastCall(partial(self._leave, done, seat))
+        except MemoryError:
+            self._leave(done, seat)
+            return None
 
     def _leave(self, done: Sequence[R], seat: Seat) -> None:
         posted = post_surely(self._loop, self._deliver_and_retire, done, seat)
@@ -335,7 +342,10 @@ class Crew(Generic[R]):
                 self._lingering.remove(seat)
             if seat.token is not None:  # else it was sent away, and does not count any more
                 self._active -= 1
-            return self._spoilt(requests or self._pop(self._batch), error)
+            if not requests:
+                requests = []
+                self._pop(self._batch, requests)
+            return self._spoilt(requests, error)
 
     def _spoilt(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
         """A mistake of ours, or no memory: better an error than tasks that wait for ever."""
@@ -350,21 +360,19 @@ class Crew(Generic[R]):
         if token is not None:  # else it comes twice, or was sent away
             self._retire(token)
 
-    def _pop(self, most: int) -> list[R]:
-        """The next requests that somebody wants; none while others wait for the limiter."""
-        requests: list[R] = []
+    def _pop(self, most: int, requests: list[R]) -> None:
+        """Add the next requests that somebody wants; none while others wait for the limiter."""
         while self._waiting and len(requests) < most and not self._yielding:
             request = self._waiting[0]
-            if requests and not (request.together or self.takes_any):
-                break
+            if not request._abandoned:
+                if requests and not (request.together or self.takes_any):
+                    break
+                requests.append(request)  # first of all: for want of memory it may fail
+                request._taken = True
+            else:
+                self._dropped -= 1
             self._waiting.popleft()
             self._announced -= self._announced > 0
-            if request._abandoned:
-                self._dropped -= 1
-            else:
-                request._taken = True
-                requests.append(request)
-        return requests
 
     @property
     def waiting(self) -> int:

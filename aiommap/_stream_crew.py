@@ -84,7 +84,7 @@ class StreamCrew(Crew[R]):
                     some = self._some
                     # The last of several threads leaves waiting to the others.
                     if self._may_perform():
-                        requests = self._pop(some)
+                        self._pop(some, requests)
                         performing = bool(requests)
                         self._performing += performing
                     help_wanted = self._is_help_wanted() and not self._asked_for_help

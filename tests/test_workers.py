@@ -538,7 +538,9 @@ class TestCrew:
         await crew.do(Errand())
         await at_rest(limiter)
 
-    @pytest.mark.parametrize("where", ["_begin_announcing", "announce", "_linger", "take"])
+    @pytest.mark.parametrize(
+        "where", ["_begin_announcing", "announce", "_linger", "take", "_work_off"]
+    )
     async def test_a_thread_breaks_off(self, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Wherever a thread fails, for want of memory say: nobody is left waiting, the token comes
         back, and the crew works on."""
@@ -566,7 +568,9 @@ class TestCrew:
                 for _ in range(20):
                     tasks.start_soon(caller)
         assert len(outcomes) == 20
-        assert (outcomes.count("error") > 0) == (where in ("_begin_announcing", "take"))
+        assert (outcomes.count("error") > 0) == (
+            where in ("_begin_announcing", "take", "_work_off")
+        )
         await crew.do(Errand())
         await at_rest(limiter)
 
