@@ -62,8 +62,11 @@ class BatchCrew(Crew[R]):
             while True:
                 group = next(steps)
                 post_surely(self._loop, self._deliver, group)
-                given = set(map(id, group))
-                self._in_hand = [each for each in self._in_hand if id(each) not in given]
+                if len(group) == len(self._in_hand):
+                    self._in_hand = []
+                else:
+                    given = set(map(id, group))
+                    self._in_hand = [each for each in self._in_hand if id(each) not in given]
         except StopIteration as stop:
             last: Sequence[R] = stop.value
             return last

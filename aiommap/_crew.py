@@ -182,8 +182,9 @@ class Crew(Generic[R]):
                 raise interrupt
             finally:
                 del interrupt
-        error = request.take_error()
-        if error is not None:
+        if request.error is not None:
+            error = request.take_error()
+            assert error is not None
             try:
                 raise error
             finally:

@@ -44,7 +44,7 @@ from . import _workers
 from ._batch_crew import BatchCrew
 from ._crew import Request
 from ._errors import FlushError, Range, TruncatedError
-from ._event_loop import EventLoop
+from ._event_loop import EventLoop, Parking
 from ._file import File, Filename
 from ._flush_batch import Failure, FlushLog, Ticket, length_inside, merge
 from ._mapping import Mapping
@@ -101,7 +101,13 @@ class _Flush(Request):
         failures: int,
         ticket: Ticket | None = None,
     ) -> None:
-        super().__init__()
+        # As the classes above do it, without their calls: a hundred tasks that commit are bound
+        # by the event loop's time.
+        self.done: bool = False
+        self.error: BaseException | None = None
+        self.parking: Parking | None = None
+        self._taken = False
+        self._abandoned = False
         self.file: File | None = file
         self.mapping = mapping
         self.offset = offset
@@ -234,7 +240,7 @@ class Flusher:
         await checkpoint_if_cancelled()  # of a task that is cancelled already nothing begins
         self.requested += 1
         try:
-            # Crew.do(), without its frame: a hundred tasks that commit are bound by such things.
+            # Crew.do(), without its frame.
             request.parking = self._loop.parking()
             self._crew.submit(request)
             await self._crew.wait(request)
@@ -444,10 +450,22 @@ class Flusher:
             return
         # Looked at together: a failure that comes after this is one during the flush.
         with self._log_lock:
-            admitted = [each for each in requests if self._may(each, reach, limit)]
+            log = self._log
+            failures = -1 if log.failure is not None else log.failures
+            admitted = [
+                each
+                for each in requests
+                # Nearly always; the rest are looked at more closely.
+                if (
+                    each.failures == failures
+                    and each.ticket is None
+                    and each.offset + each.length <= reach
+                )
+                or self._may(each, reach, limit)
+            ]
             if not admitted:
                 return
-            number = self._log.begin()
+            number = log.begin()
         ranges = [(each.offset, each.length) for each in admitted]
         if len(ranges) > 1:
             ranges = merge(ranges)

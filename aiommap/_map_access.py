@@ -221,8 +221,10 @@ class MapAccess(Uncopyable):
         It waits for at most what is dirty when it begins; while a large flush of another task
         is under way, small ranges are flushed between its pieces.
         """
-        offset, length = check_range(offset, length, self._checked().length)
-        await self._core.flush(offset, length)
+        core = self._core
+        core.check()
+        offset, length = check_range(offset, length, core.mapping.length)
+        await core.flush(offset, length)
 
     async def flush_async(self) -> PendingFlush:
         """

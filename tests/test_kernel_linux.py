@@ -13,7 +13,8 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aiommap._kernel import _linux, _portable, address_of
@@ -303,6 +304,27 @@ def test_the_known_size_without_statx_in_the_kernel(
 
     monkeypatch.setattr(_linux, "_statx", missing)
     assert _linux.known_file_size(file.fd) == 7
+
+
+def test_who_asks_for_the_size_does_not_ask_for_the_times(file: OpenFile) -> None:
+    """Else the next store changes them (multigrain timestamps), and its flush costs more."""
+
+    def changed(ask: Callable[[int], object]) -> int:
+        times = 0
+        for _ in range(20):
+            os.fstat(file.fd)
+            os.pwrite(file.fd, b"x", 0)  # has a time of its own, because of that
+            ask(file.fd)
+            before = time.time_ns()
+            os.pwrite(file.fd, b"x", 0)
+            times += os.fstat(file.fd).st_ctime_ns >= before
+        return times
+
+    if changed(os.fstat) < 10:
+        pytest.skip("no multigrain timestamps: Linux before 6.13, or a file system without them")
+    # A tick of the clock may come in between.
+    assert changed(_linux.file_size) < 10
+    assert changed(_linux.known_file_size) < 10
 
 
 def test_the_queue_of_a_disk(file: OpenFile) -> None:

@@ -183,17 +183,23 @@ def path_of(fd: int) -> str | None:
 
 
 def file_size(fd: int) -> int:
-    return os.fstat(fd).st_size
+    # Not fstat(): it asks for the times too, and then the next store changes them (multigrain
+    # timestamps, Linux 6.13), so that a flush has to write the inode through the journal as well.
+    return _statx_size(fd, 0)
 
 
 def known_file_size(fd: int) -> int:
     # FUSE, NFS and their like answer fstat() from their server once their memory is stale.
+    return _statx_size(fd, _AT_STATX_DONT_SYNC)
+
+
+def _statx_size(fd: int, flags: int) -> int:
     if _statx is None:
-        return file_size(fd)
+        return os.fstat(fd).st_size
     answer = _Statx()
-    if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_SIZE, ctypes.byref(answer)):
+    if _statx(fd, b"", _AT_EMPTY_PATH | flags, _STATX_SIZE, ctypes.byref(answer)):
         if ctypes.get_errno() == errno.ENOSYS:  # before Linux 4.11, and in some containers
-            return file_size(fd)
+            return os.fstat(fd).st_size
         raise error_from_errno()
     return int(answer.size)
 
