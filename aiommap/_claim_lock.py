@@ -225,14 +225,19 @@ class ClaimLock:
         """Have a held claim belong to the current task."""
         self.queue.hand_over(claim, self._current_task())
 
-    def hand_to(self, asker: object, claim: Claim) -> None:
+    def hand_to(self, asker: object, claim: Claim, awaitable: object) -> None:
         """
         Have a claim that the current task got belong to the one that asked for it, if the
-        current one does nothing but await it: ``asyncio.gather()``.
+        current one does nothing but await what that made: ``asyncio.gather()``.
         """
         loop = self._loop
         assert loop is not None
-        if asker is not None and asker is not claim.owner and loop.only_awaits(claim.owner):
+        if (
+            asker is not None
+            and asker is not claim.owner
+            and loop.is_around(claim.owner, awaitable)
+            and not loop.has_ended(asker)
+        ):
             self.queue.hand_over(claim, asker)
 
     def disown(self, claim: Claim) -> None:

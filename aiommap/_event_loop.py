@@ -63,10 +63,10 @@ class EventLoop(Protocol):
         :raises RuntimeError: where no loop runs
         """
 
-    def only_awaits(self, task: Any) -> bool:
+    def is_around(self, task: Any, awaitable: object) -> bool:
         """
-        Whether a task was put around an awaitable and does nothing else: what it gets is for
-        who made the awaitable.
+        Whether a task was put around an awaitable and does nothing but await it: what it gets
+        is for who asked.
         """
 
     def has_ended(self, task: Any) -> bool:
@@ -122,9 +122,14 @@ class AsyncioLoop:
     def is_running_here(self) -> bool:
         return asyncio._get_running_loop() is self._loop
 
-    def only_awaits(self, task: Any) -> bool:
-        # What ensure_future() makes, and with it gather(), and wait_for() before Python 3.12.
-        return task is not None and getattr(task.get_coro(), "__name__", "") == "_wrap_awaitable"
+    def is_around(self, task: Any, awaitable: object) -> bool:
+        # What ensure_future() makes, and with it gather(), and wait_for() before Python 3.12: a
+        # coroutine with the awaitable for its one argument.
+        coroutine = None if task is None else task.get_coro()
+        if getattr(coroutine, "__name__", "") != "_wrap_awaitable":
+            return False
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        return frame is not None and any(each is awaitable for each in frame.f_locals.values())
 
     def has_ended(self, task: Any) -> bool:
         ended: bool = task.done()
@@ -202,7 +207,7 @@ class TrioLoop:
     def asking_task() -> object:
         return None
 
-    def only_awaits(self, task: Any) -> bool:
+    def is_around(self, task: Any, awaitable: object) -> bool:
         return False
 
     def has_ended(self, task: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -46,6 +47,11 @@ SCRATCH = 64 << 10
 
 def _now(end: Callable[[], object]) -> None:
     end()
+
+
+def _end(of: type[MappedMemory], memory: mmap.mmap, file: File | None) -> None:
+    # Nobody uses the address any more. The file goes with the call.
+    of.finisher(partial(_unmap, memory, file))
 
 
 def _unmap(memory: mmap.mmap, file: File | None) -> None:
@@ -99,6 +105,9 @@ class MappedMemory:
         self.length: int = length
         self.private: bool = protection is Protection.READ_COPY
         self._map = memory
+        # Not by __del__, in the middle of which a weak reference, and flushes have one, still
+        # gives out the object: its address would be used while it is unmapped.
+        weakref.finalize(self, _end, type(self), memory, file).atexit = False
         # The map starts at a multiple of the granularity; the user's first byte is here.
         self._delta = delta
         self._address = address_of(memory) + delta
@@ -123,14 +132,6 @@ class MappedMemory:
 
     finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)
     """Runs what ends a mapping whose last user is gone; the map's makes that a worker's task."""
-
-    def __del__(self) -> None:
-        try:
-            memory = self._map
-        except AttributeError:  # __init__ did not get that far
-            return
-        # Nobody uses the address any more. The file goes with the call.
-        type(self).finisher(partial(_unmap, memory, self.file))
 
     def discard(self) -> None:
         """Unmap and close now: for a mapping that nobody has got, see :meth:`File.close`."""

@@ -192,7 +192,7 @@ class RegionRequest(Uncopyable):
         lock = self._lock
         asker = claim.owner
         await lock.acquire_claim(claim)
-        lock.hand_to(asker, claim)
+        lock.hand_to(asker, claim, self)
         return RegionLease(lock, claim)
 
     async def __aenter__(self) -> RegionLease:

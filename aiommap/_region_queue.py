@@ -439,7 +439,8 @@ class RegionQueue(Frontier):
         """
         Have a hold belong to another task, or to nobody (None).
 
-        It closes no cycle of waits: the new owner is not waiting while it takes over.
+        It closes no cycle of waits where the new owner takes over itself, as it does not wait then.
+        Where others hand it over, a cycle is not looked for.
         """
         for claim in lead.parts:
             wanted = bool(claim.waited_by)

@@ -240,13 +240,6 @@ class MmapView(View):
         """
         return self._owner is self._taker and self._core.loop.has_ended(self._owner)
 
-    def _hand_to(self, asker: object) -> None:
-        """Have it belong to who asked for it, where another task was put around that."""
-        claim = self._claim
-        assert claim is not None
-        self._core.lock.hand_to(asker, claim)
-        self._owner = claim.owner
-
     def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
         return MmapView(self._core, claim, offset, length, None, self._writable)
 
@@ -315,7 +308,10 @@ class ViewOpening(Uncopyable):
     async def _take(self) -> MmapView:
         view = await self.__aenter__()
         del self._view  # so that dropping it is noticed
-        view._hand_to(self._asker)
+        # Its region counts as held by that task, until one uses or enters the view.
+        claim = view._claim
+        assert claim is not None
+        view._core.lock.hand_to(self._asker, claim, self)
         return view
 
     if TYPE_CHECKING:

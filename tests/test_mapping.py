@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,24 @@ def test_truncated(tmp_path: Path, kernel: Kernel) -> None:
         mapping.check_reach(10_000, 0)
         os.truncate(path, 50)
         assert mapping.reach() == 0
+
+
+@only_linux
+def test_no_weak_reference_leads_to_memory_that_is_unmapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush that comes by one would sync what is at the address by then."""
+    mapping = mapped(native, file_of(tmp_path, inc(N)))
+    reference = weakref.ref(mapping)
+    seen: list[object] = []
+
+    def finisher(end: Callable[[], object]) -> None:
+        seen.append(reference())
+        end()
+
+    monkeypatch.setattr(Mapping, "finisher", staticmethod(finisher))
+    del mapping
+    assert set(seen) == {None}
 
 
 @only_linux

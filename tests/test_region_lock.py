@@ -835,6 +835,33 @@ async def test_taken_by_a_task_around_the_await(backend_name: str, way: str, wai
     assert_unused(lock)
 
 
+class Pair:
+    """An awaitable of a user's, which asyncio awaits in a task of its own: it goes on there."""
+
+    def __init__(self, lock: RegionLock) -> None:
+        self.lock = lock
+        self.request = lock.exclusive(0, 10)
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self.both().__await__()
+
+    async def both(self) -> None:
+        lease = await self.request
+        with pytest.raises(DeadlockError, match="itself"):
+            await self.lock.shared(0, 5)
+        lease.release()
+
+
+@pytest.mark.parametrize("way", ["wait_for", "gather", "ensure_future"])
+async def test_taken_by_a_task_that_goes_on(backend_name: str, way: str) -> None:
+    """A task that does more than await a request keeps what it got."""
+    asyncio_only(backend_name)
+    lock = RegionLock()
+    with anyio.fail_after(20):
+        await one_of(way, Pair(lock))
+    assert_unused(lock)
+
+
 async def own(lock: RegionLock) -> None:
     """A task of its own, not one around an await: it keeps what it takes."""
     async with lock.exclusive(20, 30):

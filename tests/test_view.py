@@ -1116,6 +1116,29 @@ async def test_taken_by_a_task_around_the_await(m: AsyncMmap, way: str, used: bo
         assert isinstance(await catch(lambda: v[0]), BusyResourceError)
 
 
+@on_asyncio
+async def test_asked_for_by_one_task_and_used_by_another(m: AsyncMmap) -> None:
+    """A view that asyncio took in a task of its own belongs to the first task that uses it."""
+
+    async def producer() -> list[asyncio.Future[MmapView]]:
+        return [asyncio.ensure_future(m.view_mut(each, 1)) for each in range(3)]
+
+    first, second, third = await asyncio.create_task(producer())
+    v = await first
+    v[0] = 1
+    assert isinstance(await catch(lambda: v[0]), BusyResourceError)
+    await v.aclose()
+    async with await second as v:
+        v[0] = 1
+
+    async def consumer() -> None:
+        async with await third as w:
+            w[0] = 1
+
+    await asyncio.create_task(consumer())
+    assert await free(m)
+
+
 async def test_an_empty_view_outlives_a_shrink(tmp_path: Path) -> None:
     """It holds no byte that could be cut off."""
     async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+") as m, m.view(N, 0) as v:

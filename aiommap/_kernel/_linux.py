@@ -198,9 +198,9 @@ def _statx_size(fd: int, flags: int) -> int:
         return os.fstat(fd).st_size
     answer = _Statx()
     if _statx(fd, b"", _AT_EMPTY_PATH | flags, _STATX_SIZE, ctypes.byref(answer)):
-        if ctypes.get_errno() == errno.ENOSYS:  # before Linux 4.11, and in some containers
-            return os.fstat(fd).st_size
-        raise error_from_errno()
+        # Linux before 4.11, a container that refuses it (ENOSYS, EPERM), or an error that is
+        # fstat's too.
+        return os.fstat(fd).st_size
     return int(answer.size)
 
 
