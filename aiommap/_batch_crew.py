@@ -39,47 +39,41 @@ class BatchCrew(Crew[R]):
     ) -> None:
         super().__init__(loop, limiter, threads=1, batch=batch)
         self._perform = perform
-        self._in_hand: list[R] = []  # what one run of ``perform`` was given and took
+        self._seat: Seat[R] | None = None  # of the one thread, while it works
 
-    def _work_off(self, seat: Seat) -> Sequence[R]:
-        done: Sequence[R] = ()
-        self._in_hand = []
-        try:
-            while True:
-                if self.take():
-                    done = self._perform_batch(self._perform(list(self._in_hand)))
-                    self._in_hand = []
-                left = self._linger(seat, done)
-                if left is not None:
-                    return left
-                done = ()
-        except BaseException as exc:
-            return [*done, *self._break_off(seat, self._in_hand, exc)]
+    def _work_off(self, seat: Seat[R]) -> None:
+        self._seat = seat
+        while True:
+            if self.take():
+                self._perform_batch(seat)
+            if not self._linger(seat):
+                return
 
-    def _perform_batch(self, steps: Generator[Sequence[R], None, Sequence[R]]) -> Sequence[R]:
-        """Deliver group by group; gives the last one."""
+    def _perform_batch(self, seat: Seat[R]) -> None:
+        """Deliver group by group, but for the last one, which stays in hand."""
+        steps = self._perform(list(seat.requests))
         try:
             while True:
                 group = next(steps)
-                post_surely(self._loop, self._deliver, group)
-                if len(group) == len(self._in_hand):
-                    self._in_hand = []
+                if group and len(group) == len(seat.requests):
+                    self._hand_back(seat)
                 else:
                     given = set(map(id, group))
-                    self._in_hand = [each for each in self._in_hand if id(each) not in given]
+                    seat.requests = [each for each in seat.requests if id(each) not in given]
+                    post_surely(self._loop, self._deliver, group)
         except StopIteration as stop:
-            last: Sequence[R] = stop.value
-            return last
+            seat.requests = list(stop.value)
         except BaseException as exc:
-            # Those too that it took meanwhile.
-            return self._spoilt([each for each in self._in_hand if each.taken], exc)
+            self._spoil(seat, exc)  # those too that it took meanwhile
 
     def take(self) -> list[R]:
         """A batch of what waits; none while others wait for the limiter. For ``perform``."""
+        seat = self._seat
+        assert seat is not None
         with self._lock:
-            before = len(self._in_hand)
-            self._pop(before + self._batch, self._in_hand)
-            return self._in_hand[before:]
+            before = len(seat.requests)
+            self._pop(before + self._batch, seat.requests)
+            return seat.requests[before:]
 
     def put_back(self, requests: Sequence[R]) -> bool:
         """

@@ -19,7 +19,7 @@ import anyio
 from anyio import CapacityLimiter
 
 from ._event_loop import EventLoop
-from ._workers import LastCall, Work, acquire_token, post_surely, return_token, start
+from ._workers import TRIES, LastCall, Work, acquire_token, post_surely, return_token, start
 
 LINGER_SECONDS = 0.002
 """How long a crew's thread without work keeps its token: its end and another's start cost the
@@ -60,22 +60,29 @@ class Request(Work):
         """Let go of what it touches: it is done, or will not be. From any thread."""
 
 
-class Seat:
-    """
-    A thread's place in a crew: its token of the limiter, and how it is called while it lingers.
+R = TypeVar("R", bound=Request)
 
-    :ivar token: None when it was given back
+
+class Seat(Generic[R]):
+    """
+    A thread's place in a crew.
+
+    :ivar token: of the limiter; None when it was given back
+    :ivar bell: how the thread is called while it lingers
+    :ivar requests: what it has taken and not delivered
+    :ivar counts: whether the crew counts the thread
+    :ivar performing: whether it counts as one that may be waiting for the disk
     """
 
-    __slots__ = ("bell", "token")
+    __slots__ = ("bell", "counts", "performing", "requests", "token")
 
     def __init__(self, token: object) -> None:
         self.token: object | None = token
         self.bell = threading.Lock()
         self.bell.acquire()
-
-
-R = TypeVar("R", bound=Request)
+        self.requests: list[R] = []
+        self.counts = True
+        self.performing = False
 
 
 class Crew(Generic[R]):
@@ -103,7 +110,7 @@ class Crew(Generic[R]):
         self._batch = batch
         self._waiting: deque[R] = deque()
         self._announced = 0  # the first so many of those were announced
-        self._lingering: list[Seat] = []  # of threads without work
+        self._lingering: list[Seat[R]] = []  # of threads without work
         self._closed = False
         # Between the loop and the threads: who takes the last request, and whether a request
         # was taken before it was abandoned. Held for a few instructions, never in a wait.
@@ -218,7 +225,8 @@ class Crew(Generic[R]):
         self._closed = True
         with self._lock:
             seats, self._lingering = self._lingering, []
-            self._active -= len(seats)
+            for seat in seats:
+                self._uncount(seat)
         for seat in seats:
             token, seat.token = seat.token, None
             self._limiter.release_on_behalf_of(token)
@@ -262,7 +270,8 @@ class Crew(Generic[R]):
             self._active += wanted
         try:
             if wanted:
-                start(partial(self._work, Seat(token)))
+                seat: Seat[R] = Seat(token)
+                start(partial(self._work, seat))
         except BaseException:
             wanted = False
             with self._lock:
@@ -274,26 +283,34 @@ class Crew(Generic[R]):
             if not wanted:
                 self._limiter.release_on_behalf_of(token)
 
-    def _work(self, seat: Seat) -> LastCall | None:
+    def _work(self, seat: Seat[R]) -> LastCall | None:
+        error: BaseException | None = None
         try:
-            done = self._work_off(seat)
-        except BaseException as exc:  # it did not even begin
-            done = self._break_off(seat, (), exc)
+            self._work_off(seat)
+        except BaseException as exc:
+            error = exc
+        tries = 0
+        while error is not None and tries < TRIES:
+            try:
+                self._break_off(seat, error)
+                error = None
+            except MemoryError:  # others free some meanwhile
+                tries += 1
         # In one call where there is nothing left to do: each wakes the loop, which then wants
         # the interpreter while this thread still has it (50 us and more for who waits).
         try:
-            return LastCall(partial(self._leave, done, seat))
+            return LastCall(partial(self._leave, seat))
         except MemoryError:
-            self._leave(done, seat)
+            self._leave(seat)
             return None
 
-    def _leave(self, done: Sequence[R], seat: Seat) -> None:
-        posted = post_surely(self._loop, self._deliver_and_retire, done, seat)
+    def _leave(self, seat: Seat[R]) -> None:
+        posted = post_surely(self._loop, self._deliver_and_retire, seat)
         if not posted and seat.token is not None:
             return_token(self._limiter, seat.token)
 
-    def _work_off(self, seat: Seat) -> Sequence[R]:
-        """Do what waits, in a worker, until :meth:`_linger`; gives what is to be delivered."""
+    def _work_off(self, seat: Seat[R]) -> None:
+        """Do what waits, in a worker, until :meth:`_linger`; ``seat.requests`` is delivered."""
         raise NotImplementedError
 
     def _has_work(self) -> bool:
@@ -304,59 +321,68 @@ class Crew(Generic[R]):
         """Whether there is something to do that no thread will come to by itself."""
         return not self._active and self._has_work()
 
-    def _linger(self, seat: Seat, done: Sequence[R] = ()) -> Sequence[R] | None:
+    def _linger(self, seat: Seat[R]) -> bool:
         """
         Wait a moment for more, which saves a thread's end and another's start.
 
-        :param done: to be delivered
-        :return: None: there is work; else the thread must end, and deliver this
+        :return: whether there is work; else the thread must end
         """
         with self._lock:
             more = not self._yielding and self._has_work()
             if not more:
                 if self._yielding or self._closed or self._limiter.available_tokens < 1:
-                    self._active -= 1
-                    return done
+                    self._uncount(seat)
+                    return False
                 self._lingering.append(seat)
         # Afterwards, so that there is little left to do: the loop wakes, and wants the interpreter.
-        if done:
-            post_surely(self._loop, self._deliver, done)
+        if seat.requests:
+            self._hand_back(seat)
         if more:
-            return None
+            return True
         if not seat.bell.acquire(timeout=LINGER_SECONDS):
             with self._lock:
                 if seat in self._lingering:
                     self._lingering.remove(seat)
-                    self._active -= 1
-                    return ()
+                    self._uncount(seat)
+                    return False
             seat.bell.acquire()  # it is being rung
-        return () if seat.token is None else None  # sent away, or called
+        return seat.counts  # called, or sent away
 
-    def _break_off(self, seat: Seat, requests: Sequence[R], error: BaseException) -> Sequence[R]:
+    def _hand_back(self, seat: Seat[R]) -> None:
+        """Have all that the thread has in hand delivered."""
+        done: list[R] = []
+        done, seat.requests = seat.requests, done
+        post_surely(self._loop, self._deliver, done)
+
+    def _uncount(self, seat: Seat[R]) -> None:
+        """The thread does no more, or nothing that may take long. Again, it does nothing."""
+        if seat.counts:
+            seat.counts = False
+            self._active -= 1
+
+    def _break_off(self, seat: Seat[R], error: BaseException) -> None:
         """
         The thread ends because of something that nobody has thought of, or for want of memory:
         who waits for it gets the error, and if that is nobody, who waits next. Then an error
-        that comes again and again leaves nobody waiting.
+        that comes again and again leaves nobody waiting. May be called again where it fails.
         """
         with self._lock:
             if seat in self._lingering:
                 self._lingering.remove(seat)
-            if seat.token is not None:  # else it was sent away, and does not count any more
-                self._active -= 1
-            if not requests:
-                requests = []
-                self._pop(self._batch, requests)
-            return self._spoilt(requests, error)
+            self._uncount(seat)
+            if not seat.requests:
+                self._pop(self._batch, seat.requests)
+            self._spoil(seat, error)
 
-    def _spoilt(self, requests: Sequence[R], error: BaseException) -> Sequence[R]:
+    def _spoil(self, seat: Seat[R], error: BaseException) -> None:
         """A mistake of ours, or no memory: better an error than tasks that wait for ever."""
-        for request in requests:
+        seat.requests = [each for each in seat.requests if each._taken]  # else it was put back
+        for request in seat.requests:
             if not request.done and request.error is None:
                 request.error = error
-        return requests
 
-    def _deliver_and_retire(self, requests: Sequence[R], seat: Seat) -> None:
-        self._deliver(requests)
+    def _deliver_and_retire(self, seat: Seat[R]) -> None:
+        self._deliver(seat.requests)
         token, seat.token = seat.token, None
         if token is not None:  # else it comes twice, or was sent away
             self._retire(token)

@@ -12,7 +12,7 @@ from anyio import CapacityLimiter
 
 from ._crew import Crew, Request, Seat
 from ._event_loop import EventLoop
-from ._workers import post_surely, without_frames
+from ._workers import without_frames
 
 MOST_TOGETHER = 16
 QUICK_SECONDS = 0.001
@@ -65,56 +65,58 @@ class StreamCrew(Crew[R]):
             except BaseException as exc:
                 request.error = without_frames(exc)
 
-    def _work_off(self, seat: Seat) -> Sequence[R]:
+    def _work_off(self, seat: Seat[R]) -> None:
         """
-        Do what waits, a few requests at a time; gives what is still to be delivered. What nobody
-        works on yet stays in the queue, announced, so that a request which takes long holds up
-        no more than those beside it.
+        Do what waits, a few requests at a time. What nobody works on yet stays in the queue,
+        announced, so that a request which takes long holds up no more than those beside it.
         """
-        post = self._loop.post
-        requests: list[R] = []
-        performing = False
-        try:
-            while True:
-                fresh = self._begin_announcing()
-                if fresh:
-                    with suppress(Exception):  # a hint; what is wrong comes up again
-                        self.announce(fresh)
-                with self._lock:
-                    some = self._some
-                    # The last of several threads leaves waiting to the others.
-                    if self._may_perform():
-                        self._pop(some, requests)
-                        performing = bool(requests)
-                        self._performing += performing
-                    help_wanted = self._is_help_wanted() and not self._asked_for_help
-                    self._asked_for_help |= help_wanted
-                if help_wanted:
-                    post(self._help)
-                if not requests:
-                    left = self._linger(seat)
-                    if left is not None:
-                        return left
-                    continue
-                began = time.monotonic()
-                try:
-                    self.perform_some(requests)
-                except BaseException as exc:
-                    self._spoilt(requests, exc)
-                took = time.monotonic() - began
-                self._performing_ends()
-                performing = False
-                if took > SLOW_SECONDS:
-                    self._some = max(some // 2, 1)
-                elif took < QUICK_SECONDS and len(requests) == some:
-                    self._some = min(some * 2, MOST_TOGETHER)
-                post_surely(self._loop, self._deliver, requests)
-                requests = []
-        except BaseException as exc:
+        while True:
+            fresh = self._begin_announcing()
+            if fresh:
+                with suppress(Exception):  # a hint; what is wrong comes up again
+                    self.announce(fresh)
             with self._lock:
-                self._performing -= performing
-                self._asked_for_help = False
-                return self._break_off(seat, requests, exc)
+                some = self._some
+                # The last of several threads leaves waiting to the others.
+                if self._may_perform():
+                    self._pop(some, seat.requests)
+                    if seat.requests:
+                        self._performing += 1
+                        seat.performing = True
+                help_wanted = self._is_help_wanted() and not self._asked_for_help
+                self._asked_for_help |= help_wanted
+            if help_wanted:
+                self._loop.post(self._help)
+            if not seat.requests:
+                if self._linger(seat):
+                    continue
+                return
+            began = time.monotonic()
+            try:
+                self.perform_some(seat.requests)
+            except BaseException as exc:
+                self._spoil(seat, exc)
+            took = time.monotonic() - began
+            with self._lock:
+                self._performs_no_more(seat)
+            if took > SLOW_SECONDS:
+                self._some = max(some // 2, 1)
+            elif took < QUICK_SECONDS and len(seat.requests) == some:
+                self._some = min(some * 2, MOST_TOGETHER)
+            self._hand_back(seat)
+
+    def _performs_no_more(self, seat: Seat[R]) -> None:
+        if seat.performing:
+            seat.performing = False
+            self._performing -= 1
+
+    def _uncount(self, seat: Seat[R]) -> None:
+        self._performs_no_more(seat)
+        super()._uncount(seat)
+
+    def _break_off(self, seat: Seat[R], error: BaseException) -> None:
+        self._asked_for_help = False  # maybe it was this one who did, and did not
+        super()._break_off(seat, error)
 
     def _has_work(self) -> bool:
         """Whether there is something to do for one thread more."""
@@ -124,10 +126,6 @@ class StreamCrew(Crew[R]):
 
     def _may_perform(self) -> bool:
         return self._performing < self._performers
-
-    def _performing_ends(self) -> None:
-        with self._lock:
-            self._performing -= 1
 
     def _is_help_wanted(self) -> bool:
         # All threads may be waiting for the disk.

@@ -40,7 +40,7 @@ DEFAULT_THREADS = 40
 IDLE_SECONDS = 2.0
 """How long a thread without work stays. Out of the air: a new one costs 0.1 ms."""
 
-_TRIES = 1000
+TRIES = 1000
 """How often a thread tries to tell the event loop of its end. Others free memory meanwhile."""
 
 _default_limiter: RunVar[CapacityLimiter] = RunVar("aiommap_limiter")
@@ -279,7 +279,7 @@ def post_surely(loop: EventLoop, callback: Callable[[*Args], object], *args: *Ar
     """
     As ``loop.post()``, also where there is hardly any memory left; ``callback`` may come twice.
     """
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         with suppress(MemoryError):
             return loop.post(callback, *args)
     return False

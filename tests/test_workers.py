@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, _crew, _workers
 from aiommap._batch_crew import BatchCrew
-from aiommap._crew import Crew, Request
+from aiommap._crew import Crew, Request, Seat
 from aiommap._event_loop import current_event_loop
 from aiommap._stream_crew import StreamCrew
 from aiommap._workers import finish, run, start
@@ -574,6 +574,31 @@ class TestCrew:
         await crew.do(Errand())
         await at_rest(limiter)
 
+    async def test_a_thread_breaks_off_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For want of memory it also fails to tell those who wait: it tries again, and counts as
+        gone once."""
+        limiter = CapacityLimiter(2)
+        crew = new_crew(limiter)
+        spoil = crew._spoil
+        failing = 3
+
+        def spoil_later(seat: Seat[Errand], error: BaseException) -> None:
+            nonlocal failing
+            if failing:
+                failing -= 1
+                raise MemoryError
+            spoil(seat, error)
+
+        with monkeypatch.context() as patch, anyio.fail_after(PATIENCE):
+            patch.setattr(crew, "_spoil", spoil_later)
+            patch.setattr(crew, "_begin_announcing", _raiser(MemoryError()))
+            with pytest.raises(MemoryError):
+                await crew.do(Errand())
+            await at_rest(limiter)
+        assert (failing, crew._active, crew._performing) == (0, 0, 0)
+        with anyio.fail_after(PATIENCE):
+            await crew.do(Errand())
+
     @pytest.mark.parametrize("kind", ["stream", "batch"])
     async def test_a_thread_breaks_off_while_it_lingers(
         self, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -587,7 +612,7 @@ class TestCrew:
             def release(self) -> None:
                 pytest.fail("nobody hears it")
 
-        class BrokenSeat(_crew.Seat):
+        class BrokenSeat(_crew.Seat[Errand]):
             def __init__(self, token: object) -> None:
                 super().__init__(token)
                 self.bell = BrokenBell()  # type: ignore[assignment]
