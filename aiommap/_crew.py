@@ -159,9 +159,11 @@ class Crew(Generic[R]):
         Cancelled, a request that no thread has taken is dropped; one that is under way goes
         on by itself, and the caller leaves at once or, with ``stay``, when it has finished.
 
-        :param stay: the request uses what belongs to the caller
+        :param stay: the request uses what belongs to the caller; not where it may be put back,
+            for who has been cancelled does not beg any more
         :raises BaseException: what the request's ``perform`` raised
         """
+        assert not (stay and self.takes_any)
         interrupt: BaseException | None = None
         try:
             while not request.done:
