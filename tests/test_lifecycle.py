@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import mmap
 import os
 import sys
 import threading
@@ -16,7 +17,7 @@ import anyio
 import pytest
 from anyio import ClosedResourceError, from_thread, to_thread
 
-from aiommap import AsyncMmap, FlushError, MmapView, TruncatedError
+from aiommap import AsyncMmap, FlushError, MmapView, TruncatedError, _mapped_memory
 from aiommap._file import File
 from aiommap._range_index import RangeIndex
 
@@ -376,17 +377,25 @@ class TestClose:
         assert maps_of(path) == 0
         assert path.read_bytes()[10:20] == b"y" * 10
 
-    async def test_the_loop_does_not_unmap(self, tmp_path: Path) -> None:
+    async def test_the_loop_does_not_unmap(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Memory is unmapped in a worker: when closed, and when a read outlives the closing."""
         path = file_of(tmp_path, inc(SIZE))
         kernel = cold_kernel()
         ended_in: list[int] = []
+        unmap = _mapped_memory._unmap
 
-        async with map_class(kernel).open_path(path, "r+") as m:
-            _watch_end(m, ended_in)
+        def watched(memory: mmap.mmap, file: File | None) -> None:
+            if file is not None and file.filename == str(path):  # else an earlier test's
+                ended_in.append(threading.get_ident())
+            unmap(memory, file)
+
+        monkeypatch.setattr(_mapped_memory, "_unmap", watched)
+        async with map_class(kernel).open_path(path, "r+"):
+            pass
         assert len(ended_in) == 1
         m = await map_class(kernel).open_path(path, "r+")
-        _watch_end(m, ended_in)
         async with anyio.create_task_group() as tasks:
             with kernel.hold("read") as hold:
                 tasks.start_soon(m.read_at, 0, 100)
@@ -394,7 +403,6 @@ class TestClose:
                 await m.aclose()
         kernel.calls.clear()
         m = await map_class(kernel).open_path(path, "r+")
-        _watch_end(m, ended_in)
         async with anyio.create_task_group() as tasks:
             with kernel.hold("populate_read") as hold:
                 tasks.start_soon(m.load)
@@ -403,22 +411,6 @@ class TestClose:
         await gone(path)
         assert len(ended_in) == 3
         assert threading.get_ident() not in ended_in
-
-
-def _watch_end(m: AsyncMmap, ended_in: list[int]) -> None:
-    """Note the thread in which the mapping ends."""
-    mapping = m._core.mapping
-    real = mapping._map
-
-    class Watched:
-        def __getattr__(self, name: str) -> object:
-            return getattr(real, name)
-
-        def close(self) -> None:
-            ended_in.append(threading.get_ident())
-            real.close()
-
-    mapping._map = Watched()  # type: ignore[assignment]
 
 
 class TestForgotten:
