@@ -13,10 +13,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from types import TracebackType
-from typing import NoReturn, Self, SupportsIndex
+from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
 from ._claim_lock import ClaimLock as ClaimLock
 from ._claim_lock import RegionLockStatistics as RegionLockStatistics
+from ._opening import NOTHING
 from ._ranges import as_int
 from ._uncopyable import Uncopyable
 from ._wait_graph import Claim, spell
@@ -214,20 +215,30 @@ class RegionRequest(Uncopyable):
         self._lease = lease = RegionLease(lock, claim)
         return lease
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        lease = self._lease
-        claim = lease._claim
-        if claim is not None:
-            lease._claim = None
-            if exc_type is None:
-                lease._lock.release(claim)
-            else:
-                lease._lock.leave(claim, exc_type)
+    if TYPE_CHECKING:
+        # As AbstractAsyncContextManager has it, for AsyncExitStack and its like.
+        async def __aexit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exc_value: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> None: ...
+
+    else:
+
+        def __aexit__(self, exc_type, exc_value, traceback):
+            lease = self._lease
+            claim = lease._claim
+            if claim is not None:
+                lease._claim = None
+                lock = lease._lock
+                if exc_type is None:
+                    granted = lock.queue.remove(claim)
+                    if granted:
+                        lock.wake(granted)
+                else:
+                    lock.leave(claim, exc_type)
+            return NOTHING  # there is nothing to wait for
 
     def _refuse_reuse(self) -> NoReturn:
         raise RuntimeError("this request was awaited or entered already: make a new one")
