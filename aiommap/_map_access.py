@@ -57,14 +57,18 @@ class MapAccess(Uncopyable):
         core = self._core
         if core.closed or not core.loop.is_running_here():
             core.check()  # raises
-        offset, length = check_range(offset, length, core.mapping.length)
-        await core.loop.checkpoint()
+        mapping = core.mapping
+        offset, length = check_range(offset, length, mapping.length)
+        if mapping.cold_reads:
+            await core.start_reading(mapping, offset, length)
+        else:
+            await core.loop.checkpoint()
         if core.lock.check_free(offset, offset + length, False):
             if core.closed:
                 core.check()  # raises
             data = core.read_nowait(offset, length)
             if data is None:
-                data = await core.poll(offset, length)
+                data = await core.poll(offset, length, core.read_if_free)
             if data is not None:
                 return data
         claim = await core.lock.acquire(offset, offset + length, False)

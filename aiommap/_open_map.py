@@ -26,19 +26,18 @@ from ._event_loop import EventLoop, current_event_loop
 from ._file import File
 from ._flusher import Flusher, PendingFlush, nothing_pending
 from ._kernel import Kernel
-from ._mapped_memory import INLINE
+from ._mapped_memory import INLINE, STARTED
 from ._mapping import Mapping
 from ._pager import Pager
 from ._wait_graph import Claim
 
 T = TypeVar("T")
 
-POLLED = 64 << 10
-POLLS = 3
-TURNS = 8
+PATIENCE = 9
+LOOK = 3
 """
-For how many bytes a task looks again before it asks a worker, how often after its read was
-started, and how many turns of the loop it waits at most for that.
+How many turns of the loop a task waits for what is being read before it asks a worker. One after
+which it looks counts for a few: the read is mostly there by then.
 """
 
 STORES_PREPARED = 256 << 10
@@ -265,57 +264,65 @@ class OpenMap:
     async def make_ready(self, offset: int, length: int, *, write: bool) -> None:
         """Bring the range in, off the loop; see :data:`STORES_PREPARED`."""
         mapping = self.mapping
-        if not write and await self._polled(offset, length):
+        if not write and await self.poll(offset, length, self.is_ready_nowait):
             return
         if write and length > STORES_PREPARED:
             await self.run(partial(mapping.reserve, offset, length))
             write = False
         await self.pager.load(mapping, offset, length, write=write)
 
-    async def _polled(self, offset: int, length: int) -> bool:
-        """As :meth:`poll`, for a view that will touch the pages itself."""
-        if length > POLLED or not self.mapping.starts_reads:
-            return False
-        looks = POLLS
-        for _ in range(TURNS):
-            looks -= await self._turn()
-            if self.is_ready_nowait(offset, length):
-                return True
-            if not looks:
-                break
-        return False
+    # Pages that are not in memory; the first look at them has started to read them
 
-    async def poll(self, offset: int, length: int) -> bytes | None:
-        """
-        As :meth:`read_nowait` a few times more, one turn of the loop later each.
-
-        The first look has started the read, and where many tasks read from a fast disk it is
-        done by then: half the cost of a hop. While as many reads are under way as looks may
-        start, a turn is also how a task waits for its own. The range is not held.
-        """
-        if length > POLLED or not self.mapping.starts_reads:
-            return None
-        looks = POLLS
-        for _ in range(TURNS):
-            looks -= await self._turn()
-            if self.closed or not self.lock.check_free(offset, offset + length, False):
-                return None
-            data = self.read_nowait(offset, length)
-            if data is not None or not looks:
-                return data
-        return None
-
-    async def _turn(self) -> bool:
-        """Let others run; whether the look before this has started a read."""
-        if self._starting >= self.mapping.most_starting:
+    async def start_reading(self, mapping: Mapping, offset: int, length: int) -> None:
+        """A checkpoint during which the range is read, as :attr:`Mapping.cold_reads` has it."""
+        if self._starting >= mapping.most_starting:
             await self.loop.checkpoint()
-            return False
+            return
+        mapping.start_nowait(offset, length)
         self._starting += 1
         try:
             await self.loop.checkpoint()
         finally:
             self._starting -= 1
-        return True
+
+    def read_if_free(self, offset: int, length: int) -> bytes | None:
+        """As :meth:`read_nowait`, where the region is not held but found free."""
+        if self.closed or not self.lock.check_free(offset, offset + length, False):
+            return None
+        return self.read_nowait(offset, length)
+
+    async def poll(self, offset: int, length: int, look: Callable[[int, int], T]) -> T | None:
+        """
+        Look again a few times, a turn of the loop later each, until something is found.
+
+        Where many tasks read from a fast disk a read is done by then: half the cost of a hop.
+        While as many are under way as looks may start, there is nothing to look for: then a turn
+        is how a task waits for its own.
+        """
+        mapping = self.mapping
+        if length > STARTED or not mapping.starts_reads:
+            return None
+        mapping.has_been_cold()
+        most = mapping.most_starting
+        checkpoint = self.loop.checkpoint
+        patience = PATIENCE
+        while patience > 0:
+            if self._starting >= most:
+                patience -= 1
+                await checkpoint()
+                if self._starting >= most:
+                    continue
+            else:
+                patience -= LOOK
+                self._starting += 1
+                try:
+                    await checkpoint()
+                finally:
+                    self._starting -= 1
+            found = look(offset, length)
+            if found:
+                return found
+        return None
 
     def run(self, call: Callable[[], T]) -> Coroutine[Any, Any, T]:
         """Run a call in a worker; stays until it has finished."""
