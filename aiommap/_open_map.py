@@ -86,7 +86,6 @@ class OpenMap:
         "_ending",
         "_mapping",
         "_raw_stores",
-        "_starting",
         "_whole_flushes",
         "closed",
         "closing",
@@ -99,6 +98,7 @@ class OpenMap:
         "lock",
         "loop",
         "pager",
+        "starting",
         "stores",
         "views",
         "written",
@@ -113,7 +113,7 @@ class OpenMap:
         self.lock.check_thread()  # it belongs to the first event loop that uses it: this one
         self.pager: Pager = Pager(self.loop, self.limiter)
         self.flusher: Flusher = Flusher(self.loop, self.limiter, mapping)
-        self._starting = 0  # reads that were started by a look and not looked for again
+        self.starting: int = 0  # reads that the loop has started and not looked for again
         self.closed: bool = False
         self.closing: bool = False  # by close_forgotten(), as soon as the loop comes to it
         self.flush_at_end: bool = False
@@ -193,7 +193,7 @@ class OpenMap:
         mapping = self._mapping
         if mapping is None or length > mapping.length - offset:
             mapping = self.still_inside(offset, length)  # raises
-        careful = self._starting >= mapping.most_starting
+        careful = self.starting >= mapping.most_starting
         data = mapping.read_nowait(offset, length, careful)
         if data is not None:
             self.loads_inline += 1
@@ -254,7 +254,7 @@ class OpenMap:
             mapping = self.still_inside(offset, length)  # raises
         if length == 0:
             return True
-        careful = self._starting >= mapping.most_starting
+        careful = self.starting >= mapping.most_starting
         if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length, careful):
             return False
         self.loads_inline += 1
@@ -272,18 +272,6 @@ class OpenMap:
         await self.pager.load(mapping, offset, length, write=write)
 
     # Pages that are not in memory; the first look at them has started to read them
-
-    async def start_reading(self, mapping: Mapping, offset: int, length: int) -> None:
-        """A checkpoint during which the range is read, as :attr:`Mapping.cold_reads` has it."""
-        if self._starting >= mapping.most_starting:
-            await self.loop.checkpoint()
-            return
-        mapping.start_nowait(offset, length)
-        self._starting += 1
-        try:
-            await self.loop.checkpoint()
-        finally:
-            self._starting -= 1
 
     def read_if_free(self, offset: int, length: int) -> bytes | None:
         """As :meth:`read_nowait`, where the region is not held but found free."""
@@ -307,18 +295,18 @@ class OpenMap:
         checkpoint = self.loop.checkpoint
         patience = PATIENCE
         while patience > 0:
-            if self._starting >= most:
+            if self.starting >= most:
                 patience -= 1
                 await checkpoint()
-                if self._starting >= most:
+                if self.starting >= most:
                     continue
             else:
                 patience -= LOOK
-                self._starting += 1
+                self.starting += 1
                 try:
                     await checkpoint()
                 finally:
-                    self._starting -= 1
+                    self.starting -= 1
             found = look(offset, length)
             if found:
                 return found
