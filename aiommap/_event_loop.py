@@ -106,6 +106,9 @@ def _bare_yield() -> Generator[None, None, None]:
     yield
 
 
+_running_loop = asyncio._get_running_loop  # looked up once: it is on the path of every access
+
+
 class AsyncioLoop:
     """asyncio, with any loop (uvloop) and any task factory (eager tasks)."""
 
@@ -120,7 +123,7 @@ class AsyncioLoop:
         self.current_task = self.asking_task = asyncio.current_task
 
     def is_running_here(self) -> bool:
-        return asyncio._get_running_loop() is self._loop
+        return _running_loop() is self._loop
 
     def is_around(self, task: Any, awaitable: object) -> bool:
         # What ensure_future() makes, and with it gather(), and wait_for() before Python 3.12: a

@@ -59,13 +59,13 @@ class MapAccess(Uncopyable):
             core.check()  # raises
         mapping = core.mapping
         offset, length = check_range(offset, length, mapping.length)
-        if mapping.cold_reads and core.starting < mapping.most_starting:
+        if mapping.cold_reads and mapping.starting < mapping.most_starting:
             mapping.start_nowait(offset, length)
-            core.starting += 1
+            mapping.starting += 1
             try:
                 await core.loop.checkpoint()
             finally:
-                core.starting -= 1
+                mapping.starting -= 1
         else:
             await core.loop.checkpoint()
         if core.lock.check_free(offset, offset + length, False):

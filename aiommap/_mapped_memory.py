@@ -98,6 +98,7 @@ class MappedMemory:
         "offset",
         "private",
         "protection",
+        "starting",
     )
 
     def __init__(
@@ -139,8 +140,10 @@ class MappedMemory:
         self._populate = True
         # How many of the next reads are to be started at once: start_nowait().
         self.cold_reads: int = 0
-        # Reads that may be under way because of looks from the loop. Seven eighths of what the
-        # disk takes before the next one has to wait: for there are other readers, and writers.
+        # Reads that the loop has started and not looked for again, and how many may be: seven
+        # eighths of what the disk takes before the next one has to wait, for there are other
+        # readers, and writers.
+        self.starting: int = 0
         self.most_starting: int = file.disk_queue * 7 // 8 if file is not None else 0
         self._careful_until = 0.0
         self._start_seconds = 0.0
@@ -251,16 +254,16 @@ class MappedMemory:
             if cost > SLOW_START or self._start_seconds:
                 self._watch_starts(cost)
 
-    def is_loaded_nowait(self, offset: int, length: int, careful: bool = False) -> bool:
+    def is_loaded_nowait(self, offset: int, length: int) -> bool:
         """
         Whether the range is in the file and in memory; in doubt it is not.
-
-        :param careful: start no read if it is not
 
         O(1) up to two pages, O(pages) with a small constant above.
         """
         if self._nowait and 0 < length <= INLINE:
-            if (careful or self._careful_until) and not self._is_cached_nowait(offset, length):
+            if (
+                self.starting >= self.most_starting or self._careful_until
+            ) and not self._is_cached_nowait(offset, length):
                 return False
             # A byte of a page proves the page, and the last byte that the file reaches it.
             first = self.offset + offset
@@ -287,7 +290,7 @@ class MappedMemory:
         if self._nowait and self.file is not None and not self.file.mincore_is_honest:
             # The first piece that is not there ends it, and starts no more than one read.
             return all(
-                self.is_loaded_nowait(start, count, careful)
+                self.is_loaded_nowait(start, count)
                 for start, count in pieces(offset, length, INLINE)
             )
         return self._is_resident_nowait(offset, length) and self.reaches_nowait(offset, length)
@@ -355,12 +358,14 @@ class MappedMemory:
             return False
         return size - self.offset - offset >= length
 
-    def read_nowait(self, offset: int, length: int, careful: bool = False) -> bytes | None:
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes, if they are few and in memory; else None. See :meth:`is_loaded_nowait`."""
         if length > INLINE:
             return None
         if self._nowait:
-            if (careful or self._careful_until) and not self._is_cached_nowait(offset, length):
+            if (
+                self.starting >= self.most_starting or self._careful_until
+            ) and not self._is_cached_nowait(offset, length):
                 return None
             began = monotonic()
             window = self._scratch

@@ -98,7 +98,6 @@ class OpenMap:
         "lock",
         "loop",
         "pager",
-        "starting",
         "stores",
         "views",
         "written",
@@ -113,7 +112,6 @@ class OpenMap:
         self.lock.check_thread()  # it belongs to the first event loop that uses it: this one
         self.pager: Pager = Pager(self.loop, self.limiter)
         self.flusher: Flusher = Flusher(self.loop, self.limiter, mapping)
-        self.starting: int = 0  # reads that the loop has started and not looked for again
         self.closed: bool = False
         self.closing: bool = False  # by close_forgotten(), as soon as the loop comes to it
         self.flush_at_end: bool = False
@@ -193,8 +191,7 @@ class OpenMap:
         mapping = self._mapping
         if mapping is None or length > mapping.length - offset:
             mapping = self.still_inside(offset, length)  # raises
-        careful = self.starting >= mapping.most_starting
-        data = mapping.read_nowait(offset, length, careful)
+        data = mapping.read_nowait(offset, length)
         if data is not None:
             self.loads_inline += 1
         return data
@@ -254,8 +251,7 @@ class OpenMap:
             mapping = self.still_inside(offset, length)  # raises
         if length == 0:
             return True
-        careful = self.starting >= mapping.most_starting
-        if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length, careful):
+        if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length):
             return False
         self.loads_inline += 1
         return True
@@ -295,18 +291,18 @@ class OpenMap:
         checkpoint = self.loop.checkpoint
         patience = PATIENCE
         while patience > 0:
-            if self.starting >= most:
+            if mapping.starting >= most:
                 patience -= 1
                 await checkpoint()
-                if self.starting >= most:
+                if mapping.starting >= most:
                     continue
             else:
                 patience -= LOOK
-                self.starting += 1
+                mapping.starting += 1
                 try:
                     await checkpoint()
                 finally:
-                    self.starting -= 1
+                    mapping.starting -= 1
             found = look(offset, length)
             if found:
                 return found

@@ -677,7 +677,7 @@ class TestLooks:
                     await m.read_at(0, PAGE)
                 assert scope.cancelled_caught
             assert kernel.names("will_need") == ["will_need"] * COLD_READS
-            assert m._core.starting == 0
+            assert m._core.mapping.starting == 0
 
     async def test_the_loop_starts_no_more_reads_than_the_queue_takes(self, tmp_path: Path) -> None:
         """Beyond that a look asks first whether it would start one."""
