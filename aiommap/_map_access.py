@@ -57,15 +57,16 @@ class MapAccess(Uncopyable):
         core = self._core
         if core.closed or not core.loop.is_running_here():
             core.check()  # raises
-        mapping = core.mapping
-        offset, length = check_range(offset, length, mapping.length)
-        if mapping.cold_reads and mapping.starting < mapping.most_starting:
-            mapping.start_nowait(offset, length)
-            mapping.starting += 1
+        offset, length = check_range(offset, length, core.mapping.length)
+        # Not the mapping: who keeps an error, and with it this frame, would keep it.
+        starts = core.mapping.starts
+        if starts.cold and starts.under_way < starts.most:
+            core.mapping.start_nowait(offset, length)
+            starts.under_way += 1
             try:
                 await core.loop.checkpoint()
             finally:
-                mapping.starting -= 1
+                starts.under_way -= 1
         else:
             await core.loop.checkpoint()
         if core.lock.check_free(offset, offset + length, False):

@@ -22,6 +22,7 @@ from ._file import File, Filename
 from ._kernel import Kernel, address_of
 from ._options import Protection
 from ._ranges import page_span, pieces
+from ._read_starts import STARTED, ReadStarts
 
 INLINE = 256 << 10
 """
@@ -34,23 +35,6 @@ PROBED = 4 << 20
 Bytes whose pages are looked up on the loop, by mincore: 100 us where none of them was touched
 before, 12 us else. Larger ranges always go to a worker.
 """
-
-SLOW_START = 0.0005
-CAREFUL = 0.5
-"""
-Seconds that the start of a read takes on average when it has to wait, for a free place in the
-disk's queue or for an extent tree, and for how long no look starts one then. It takes 5 us.
-"""
-
-COLD_READS = 4
-COLD_MOST = 1024
-"""
-After a read that was not in memory so many more are started before anybody looks for them. That
-pays from a third of cold reads on; the others lose 1 us of 5. And how many at most.
-"""
-
-STARTED = 64 << 10
-"""Bytes of a read that the loop starts."""
 
 SCRATCH = 64 << 10
 
@@ -77,7 +61,6 @@ class MappedMemory:
     __slots__ = (
         "__weakref__",
         "_address",
-        "_careful_until",
         "_delta",
         "_fd",
         "_is_read",
@@ -88,17 +71,14 @@ class MappedMemory:
         "_probe",
         "_read_file_nowait",
         "_scratch",
-        "_start_seconds",
         "_will_need",
-        "cold_reads",
         "file",
         "kernel",
         "length",
-        "most_starting",
         "offset",
         "private",
         "protection",
-        "starting",
+        "starts",
     )
 
     def __init__(
@@ -138,15 +118,7 @@ class MappedMemory:
         # whether pages can be populated.
         self._nowait = self._is_read and file is not None and not file.in_memory
         self._populate = True
-        # How many of the next reads are to be started at once: start_nowait().
-        self.cold_reads: int = 0
-        # Reads that the loop has started and not looked for again, and how many may be: seven
-        # eighths of what the disk takes before the next one has to wait, for there are other
-        # readers, and writers.
-        self.starting: int = 0
-        self.most_starting: int = file.disk_queue * 7 // 8 if file is not None else 0
-        self._careful_until = 0.0
-        self._start_seconds = 0.0
+        self.starts: ReadStarts = ReadStarts(file.disk_queue if file is not None else 0)
 
     finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)
     """Runs what ends a mapping whose last user is gone; the map's makes that a worker's task."""
@@ -233,26 +205,21 @@ class MappedMemory:
     @property
     def starts_reads(self) -> bool:
         """Whether a look at what is not in memory starts to read it."""
-        return self._nowait and self._careful_until == 0
-
-    def has_been_cold(self) -> None:
-        """A read of few bytes had to wait for the disk, and the next ones may have to."""
-        self.cold_reads = min(self.cold_reads + COLD_READS, COLD_MOST)
+        return self._nowait and self.starts.careful_until == 0
 
     def start_nowait(self, offset: int, length: int) -> None:
         """
-        Start to read what was not looked for: one of :attr:`cold_reads`.
+        Start to read what was not looked for: one of those that may be cold.
 
         A look that misses starts the read as well, but raises an error besides and comes
         a turn of the loop later.
         """
-        self.cold_reads -= 1
-        if length <= STARTED and not self._careful_until:
+        starts = self.starts
+        starts.cold -= 1
+        if length <= STARTED and not starts.careful_until:
             began = monotonic()
             self._will_need(self._fd, self.offset + offset, length)
-            cost = monotonic() - began
-            if cost > SLOW_START or self._start_seconds:
-                self._watch_starts(cost)
+            starts.took(began, monotonic())
 
     def is_loaded_nowait(self, offset: int, length: int) -> bool:
         """
@@ -261,8 +228,9 @@ class MappedMemory:
         O(1) up to two pages, O(pages) with a small constant above.
         """
         if self._nowait and 0 < length <= INLINE:
+            starts = self.starts
             if (
-                self.starting >= self.most_starting or self._careful_until
+                starts.under_way >= starts.most or starts.careful_until
             ) and not self._is_cached_nowait(offset, length):
                 return False
             # A byte of a page proves the page, and the last byte that the file reaches it.
@@ -280,7 +248,8 @@ class MappedMemory:
                 # Cheaper than page by page: 64 KiB in 2.5 us.
                 return self._read_file_nowait(self._fd, self._window(length), first) == length
             except BlockingIOError:
-                return self._missed(began)
+                starts.took(began, monotonic())  # to start to read it
+                return False
             except OSError as exc:
                 return self._refused(exc)
         if length == 0:
@@ -310,25 +279,9 @@ class MappedMemory:
             self._nowait = False
         return False
 
-    def _missed(self, began: float) -> Literal[False]:
-        """A look found that the disk is needed, and has started to read."""
-        cost = monotonic() - began
-        if cost > SLOW_START or self._start_seconds:
-            self._watch_starts(cost)
-        return False
-
-    def _watch_starts(self, cost: float) -> None:
-        # The moving average of the last eight or so, each cut to four times the limit: a
-        # thread that lost its processor for a while is not a disk that is busy.
-        self._start_seconds += (min(cost, 4 * SLOW_START) - self._start_seconds) / 8
-        if self._start_seconds > SLOW_START:
-            self._start_seconds = 0.0
-            self._careful_until = monotonic() + CAREFUL
-
     def _is_cached_nowait(self, offset: int, length: int) -> bool:
         """Whether a look at the range would start no read: its pages are there or on their way."""
-        if self._careful_until and monotonic() > self._careful_until:
-            self._careful_until = 0.0
+        self.starts.recover(monotonic())
         assert self.file is not None
         start, size = page_span(self.offset + offset, length, self._page)
         try:
@@ -363,8 +316,9 @@ class MappedMemory:
         if length > INLINE:
             return None
         if self._nowait:
+            starts = self.starts
             if (
-                self.starting >= self.most_starting or self._careful_until
+                starts.under_way >= starts.most or starts.careful_until
             ) and not self._is_cached_nowait(offset, length):
                 return None
             began = monotonic()
@@ -375,7 +329,7 @@ class MappedMemory:
                 if self._read_file_nowait(self._fd, window, self.offset + offset) == length:
                     return bytes(window[0])
             except BlockingIOError:
-                self._missed(began)
+                starts.took(began, monotonic())
             except OSError as exc:
                 self._refused(exc)
             return None

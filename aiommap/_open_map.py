@@ -26,9 +26,10 @@ from ._event_loop import EventLoop, current_event_loop
 from ._file import File
 from ._flusher import Flusher, PendingFlush, nothing_pending
 from ._kernel import Kernel
-from ._mapped_memory import INLINE, STARTED
+from ._mapped_memory import INLINE
 from ._mapping import Mapping
 from ._pager import Pager
+from ._read_starts import STARTED
 from ._wait_graph import Claim
 
 T = TypeVar("T")
@@ -283,26 +284,25 @@ class OpenMap:
         While as many are under way as looks may start, there is nothing to look for: then a turn
         is how a task waits for its own.
         """
-        mapping = self.mapping
-        if length > STARTED or not mapping.starts_reads:
+        if length > STARTED or not self.mapping.starts_reads:
             return None
-        mapping.has_been_cold()
-        most = mapping.most_starting
+        starts = self.mapping.starts
+        starts.missed()
         checkpoint = self.loop.checkpoint
         patience = PATIENCE
         while patience > 0:
-            if mapping.starting >= most:
+            if starts.under_way >= starts.most:
                 patience -= 1
                 await checkpoint()
-                if mapping.starting >= most:
+                if starts.under_way >= starts.most:
                     continue
             else:
                 patience -= LOOK
-                mapping.starting += 1
+                starts.under_way += 1
                 try:
                     await checkpoint()
                 finally:
-                    mapping.starting -= 1
+                    starts.under_way -= 1
             found = look(offset, length)
             if found:
                 return found

@@ -160,11 +160,11 @@ def test_nowait_answers_without_a_wait(tmp_path: Path) -> None:
     del mapping
     os.posix_fadvise(other.file.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # type: ignore[union-attr]
     if other.resident_bytes(0, N) == 0:
-        other.starting = other.most_starting
+        other.starts.under_way = other.starts.most
         assert not other.is_loaded_nowait(N - 1, 1)
         assert other.resident_bytes(0, N) == 0
         # With a place left, a look starts the read, which may be done before the answer.
-        other.starting = 0
+        other.starts.under_way = 0
         other.is_loaded_nowait(N - 1, 1)
         assert other.read_nowait(N - 1, 1) in (None, inc(1, N - 1))
 

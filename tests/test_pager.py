@@ -17,9 +17,15 @@ import pytest
 from anyio import CapacityLimiter, to_thread
 from anyio.abc import TaskGroup
 
-from aiommap import AsyncMmap, MmapStatistics, Protection, TruncatedError, _mapped_memory, _pager
-
-from aiommap._mapped_memory import COLD_READS, STARTED
+from aiommap import (
+    AsyncMmap,
+    MmapStatistics,
+    Protection,
+    TruncatedError,
+    _mapped_memory,
+    _pager,
+)
+from aiommap._read_starts import COLD_READS, STARTED
 
 from .cancelling import let_others_run, on_asyncio
 from .content import file_of, inc
@@ -677,7 +683,7 @@ class TestLooks:
                     await m.read_at(0, PAGE)
                 assert scope.cancelled_caught
             assert kernel.names("will_need") == ["will_need"] * COLD_READS
-            assert m._core.mapping.starting == 0
+            assert m._core.mapping.starts.under_way == 0
 
     async def test_the_loop_starts_no_more_reads_than_the_queue_takes(self, tmp_path: Path) -> None:
         """Beyond that a look asks first whether it would start one."""
