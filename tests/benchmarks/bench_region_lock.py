@@ -201,6 +201,10 @@ def ratios(cost: dict[str, float]) -> dict[str, tuple[float, float]]:
             cost[f"shared, {most} held"] / cost["shared, 0 held"],
             1.25,
         ),
+        f"wide, {most} held / 0 held": (
+            cost[f"wide, {most} held"] / cost["wide, 0 held"],
+            1.25,
+        ),
     }
     few, many = WAITERS
     for name in ("writers", "readers and writers"):
