@@ -115,6 +115,7 @@ class ClaimLock:
         "_is_running_here",
         "_known_as",
         "_loop",
+        "_task_here",
         "asking_task",
         "checkpoint",
         "fast_acquire",
@@ -132,6 +133,7 @@ class ClaimLock:
         self._grants_left = GRANTS_PER_YIELD
         self._is_running_here: Callable[[], bool] = self._bind
         self._current_task: Callable[[], object]
+        self._task_here: Callable[[], object]
         self.asking_task: Callable[[], object] = _who_asks  # the loop's own, once it is known
         self.checkpoint: Callable[[], Awaitable[object]]  # the loop's own
 
@@ -340,7 +342,7 @@ class ClaimLock:
             self.refuse_stranger()
         if self._closed is not None:
             raise self._closed()
-        return self._current_task()
+        return self._task_here()
 
     def check_thread(self) -> None:
         """
@@ -412,6 +414,7 @@ class ClaimLock:
         loop = current_event_loop()
         self._loop = loop
         self._current_task = loop.current_task
+        self._task_here = loop.task_here
         self.asking_task = loop.asking_task
         self.checkpoint = loop.checkpoint
         self._is_running_here = loop.is_running_here

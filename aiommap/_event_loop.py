@@ -22,6 +22,7 @@ import inspect
 import sys
 import types
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 import anyio
@@ -55,6 +56,9 @@ class EventLoop(Protocol):
 
     def current_task(self) -> object:
         """The running task; None in a callback. :raises RuntimeError: where no loop runs"""
+
+    def task_here(self) -> object:
+        """As :meth:`current_task`, where :meth:`is_running_here` is known to be true. Cheap."""
 
     def asking_task(self) -> object:
         """
@@ -112,7 +116,7 @@ _running_loop = asyncio._get_running_loop  # looked up once: it is on the path o
 class AsyncioLoop:
     """asyncio, with any loop (uvloop) and any task factory (eager tasks)."""
 
-    __slots__ = ("_loop", "asking_task", "checkpoint", "current_task")
+    __slots__ = ("_loop", "asking_task", "checkpoint", "current_task", "task_here")
     name = "asyncio"
     would_block: type[Exception] = anyio.WouldBlock
 
@@ -121,6 +125,8 @@ class AsyncioLoop:
         # Bound once: they are on the path of every access.
         self.checkpoint = _bare_yield
         self.current_task = self.asking_task = asyncio.current_task
+        # Looking for the running loop asks the kernel for the process's id before Python 3.12.
+        self.task_here = partial(asyncio.current_task, loop)
 
     def is_running_here(self) -> bool:
         return _running_loop() is self._loop
@@ -186,6 +192,7 @@ class TrioLoop:
         "_token",
         "checkpoint",
         "current_task",
+        "task_here",
         "would_block",
     )
     name = "trio"
@@ -197,7 +204,7 @@ class TrioLoop:
         self._run_finished: type[Exception] = _trio().RunFinishedError
         # Bound once: they are on the path of every access.
         self.checkpoint = _trio().lowlevel.checkpoint
-        self.current_task = _trio().lowlevel.current_task
+        self.current_task = self.task_here = _trio().lowlevel.current_task
         self._current_token = _trio().lowlevel.current_trio_token
 
     def is_running_here(self) -> bool:
