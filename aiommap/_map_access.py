@@ -57,7 +57,9 @@ class MapAccess(Uncopyable):
         core = self._core
         if core.closed or not core.loop.is_running_here():
             core.check()  # raises
-        offset, length = check_range(offset, length, core.mapping.length)
+        size = core.mapping.length
+        if not (type(offset) is type(length) is int and 0 <= offset <= offset + length <= size):
+            offset, length = check_range(offset, length, size)
         # Not the mapping: who keeps an error, and with it this frame, would keep it.
         starts = core.mapping.starts
         if starts.cold and starts.under_way < starts.most:
@@ -69,7 +71,9 @@ class MapAccess(Uncopyable):
                 starts.under_way -= 1
         else:
             await core.loop.checkpoint()
-        if core.lock.check_free(offset, offset + length, False):
+        stop = offset + length
+        lock = core.lock
+        if lock.queue.is_free(offset, stop, False) or lock.check_free(offset, stop, False):
             if core.closed:
                 core.check()  # raises
             data = core.read_nowait(offset, length)

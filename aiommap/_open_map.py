@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from anyio import CancelScope, CapacityLimiter, ClosedResourceError
 
@@ -79,13 +79,28 @@ class MmapStatistics:
     writebacks_started: int
 
 
+class _Gone:
+    """What stands where the mapping was. No check of its own is on the path of an access."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ClosedResourceError("the map is closed")
+
+
+_GONE: Any = _Gone()
+
+
 class OpenMap:
-    """The state behind one :class:`~aiommap.AsyncMmap` and its views."""
+    """
+    The state behind one :class:`~aiommap.AsyncMmap` and its views.
+
+    :ivar mapping: the memory; once it is gone, each use of it raises ClosedResourceError
+    """
 
     __slots__ = (
         "__weakref__",
         "_ending",
-        "_mapping",
         "_raw_stores",
         "_whole_flushes",
         "closed",
@@ -98,6 +113,7 @@ class OpenMap:
         "loads_inline",
         "lock",
         "loop",
+        "mapping",
         "pager",
         "stores",
         "views",
@@ -108,7 +124,7 @@ class OpenMap:
         self.kernel: Kernel = kernel
         self.loop: EventLoop = current_event_loop()
         self.limiter: CapacityLimiter = limiter or _workers.default_limiter()
-        self._mapping: Mapping | None = mapping
+        self.mapping: Mapping = mapping
         self.lock: ClaimLock = ClaimLock(known_as="map")
         self.lock.check_thread()  # it belongs to the first event loop that uses it: this one
         self.pager: Pager = Pager(self.loop, self.limiter)
@@ -128,12 +144,9 @@ class OpenMap:
     # Checks
 
     @property
-    def mapping(self) -> Mapping:
-        """:raises ClosedResourceError: when it is gone"""
-        mapping = self._mapping
-        if mapping is None:
-            raise ClosedResourceError("the map is closed")
-        return mapping
+    def is_mapped(self) -> bool:
+        """Whether the mapping is still there."""
+        return self.mapping is not _GONE
 
     def check_loop(self) -> None:
         """:raises RuntimeError: when the caller is not in the map's own event loop"""
@@ -189,9 +202,9 @@ class OpenMap:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """The bytes, if few and in memory."""
-        mapping = self._mapping
-        if mapping is None or length > mapping.length - offset:
-            mapping = self.still_inside(offset, length)  # raises
+        mapping = self.mapping
+        if length > mapping.length - offset:
+            self.still_inside(offset, length)  # raises
         data = mapping.read_nowait(offset, length)
         if data is not None:
             self.loads_inline += 1
@@ -247,9 +260,9 @@ class OpenMap:
 
     def is_ready_nowait(self, offset: int, length: int, write: bool = False) -> bool:
         """Whether the range can be touched, and stored to if ``write``, without a wait."""
-        mapping = self._mapping
-        if mapping is None or length > mapping.length - offset:
-            mapping = self.still_inside(offset, length)  # raises
+        mapping = self.mapping
+        if length > mapping.length - offset:
+            self.still_inside(offset, length)  # raises
         if length == 0:
             return True
         if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length):
@@ -395,8 +408,8 @@ class OpenMap:
 
     async def flush_what_was_written(self) -> None:
         """The flush of leaving. :raises FlushError: also one from before"""
-        if self._unflushed and self._mapping is not None:
-            await self.flush(0, self._mapping.length)
+        if self._unflushed and self.is_mapped:
+            await self.flush(0, self.mapping.length)
         else:
             self.flusher.check()
 
@@ -476,10 +489,9 @@ class OpenMap:
 
     def _take_unused(self) -> list[Mapping]:
         """In a list, so that a worker can drop the last reference: that unmaps, and may wait."""
-        mapping = self._mapping
-        if not self.closed or self.in_use or self._ending or mapping is None:
+        if not self.closed or self.in_use or self._ending or not self.is_mapped:
             return []
-        self._mapping = None
+        mapping, self.mapping = self.mapping, _GONE
         if self.loop.is_running_here():
             self.pager.close()
             self.flusher.close()
@@ -487,10 +499,9 @@ class OpenMap:
 
     def replace(self, mapping: Mapping) -> list[Mapping]:
         """The map has another length or protection from now on; gives what is not needed."""
-        old = self._mapping
-        if old is None:
+        if not self.is_mapped:
             return [mapping]  # it was closed meanwhile
-        self._mapping = mapping
+        old, self.mapping = self.mapping, mapping
         self.flusher.length = mapping.length
         if mapping.length != old.length:
             self.written = True  # the size is something to be made durable

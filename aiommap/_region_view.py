@@ -57,8 +57,7 @@ class RegionView(Uncopyable):
         # closed meanwhile: they are in the region until then.
         self._copies = 0
         self._leaving: Claim | None = None
-        # Nobody closes or resizes under the claim.
-        self._buffer = core._mapping.buffer(offset, length, writable)  # type: ignore[union-attr]
+        self._buffer = core.mapping.buffer(offset, length, writable)
         self._read_only: memoryview | None = None  # what as_slice() gave of a writable view
         # Origins of buffers that were withdrawn in vain, see _withdraw_buffer().
         self._strays: list[object] = _NO_STRAYS

@@ -213,7 +213,7 @@ async def test_sweep(name: str, busy: bool, tmp_path: Path, backend_name: str) -
             await m.aclose()
         assert maps_of(path) == 0, what
         assert not [each for each in open_descriptors() if str(path) in each], what
-        assert core._mapping is None, what
+        assert not core.is_mapped, what
 
     most = await sweep(backend_name, before, call, after)
     assert most >= 1  # it is a checkpoint
