@@ -303,6 +303,13 @@ class MappedMemory:
         file = self.file
         if file is None or file.anonymous:
             return True
+        if self._nowait:
+            last = self.offset + offset + length - 1
+            try:
+                # Half the price of its size, and in memory where this is asked.
+                return self._read_file_nowait(self._fd, self._probe, last) == 1
+            except OSError:
+                pass
         try:
             # fstat() asks the server of a FUSE or network file system; those do not know reads
             # that must not wait.
