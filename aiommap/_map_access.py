@@ -11,6 +11,7 @@ from typing import SupportsIndex
 
 from . import _buffers, _workers
 from ._flusher import PendingFlush
+from ._mapped_memory import INLINE
 from ._mapping import Mapping
 from ._open_map import OpenMap
 from ._options import Advice
@@ -97,8 +98,11 @@ class MapAccess(Uncopyable):
         core.check()
         target = _buffers.writable(buffer)
         offset, length = check_range(offset, len(target), core.mapping.length)
-        claim = await core.lock.acquire(offset, offset + length, False)
         try:
+            if length <= INLINE and _buffers.is_plain(target):
+                target[:] = await self.read_at(offset, length)
+                return length
+            claim = await core.lock.acquire(offset, offset + length, False)
             with core.lock.holding(claim):
                 await core.read_into(offset, target)
         finally:

@@ -19,6 +19,7 @@ from anyio import CapacityLimiter, to_thread
 from aiommap import AsyncMmap, FlushError, RegionLock, _workers
 from aiommap._flush_batch import FlushLog
 from aiommap._kernel import Kernel
+from aiommap._mapped_memory import INLINE
 
 from .cancelling import let_others_run, on_asyncio, sweep
 from .content import at_rest, file_of, inc, maps_of, open_descriptors
@@ -328,7 +329,7 @@ class TestThreadInside:
         return order == ["thread", "region"]
 
     USES: ClassVar[dict[str, tuple[str, Callable[[AsyncMmap], Awaitable[object]]]]] = {
-        "readinto_at": ("read", lambda m: m.readinto_at(0, bytearray(100))),
+        "readinto_at": ("read", lambda m: m.readinto_at(0, bytearray(INLINE + 1))),
         "write_at": ("populate_write", lambda m: m.write_at(0, b"x" * 100)),
         "move": ("copy", lambda m: m.move(0, 100, 100)),
         "resize": ("map_file", lambda m: m.resize(SIZE + 100)),
@@ -358,7 +359,7 @@ class TestThreadInside:
     async def test_native(self, tmp_path: Path) -> None:
         """task.cancel(), three times, does not hand the region on early either."""
         kernel = cold_kernel()
-        buffer = bytearray(100)
+        buffer = bytearray(INLINE + 1)
         async with map_class(kernel).open_path(file_of(tmp_path, inc(SIZE)), "r+") as m:
             with kernel.hold("read") as hold:
                 task = asyncio.ensure_future(m.readinto_at(0, buffer))

@@ -25,6 +25,7 @@ from aiommap import (
     _mapped_memory,
     _pager,
 )
+from aiommap._mapped_memory import INLINE
 from aiommap._read_starts import COLD_READS, STARTED
 
 from .cancelling import let_others_run, on_asyncio
@@ -231,7 +232,9 @@ def _can_populate_many() -> bool:
 
 class TestCancellation:
     @pytest.mark.fuse
-    @pytest.mark.parametrize("call", ["view", "view_mut", "read_at", "load", "find", "windows"])
+    @pytest.mark.parametrize(
+        "call", ["view", "view_mut", "read_at", "readinto_at", "load", "find", "windows"]
+    )
     async def test_leaves_while_the_disk_holds_the_page(
         self, make_slow_file: MakeSlowFile, call: str
     ) -> None:
@@ -250,6 +253,23 @@ class TestCancellation:
             assert await m.read_at(0, PAGE) == content(0, PAGE)
 
     @pytest.mark.fuse
+    async def test_a_cancelled_small_read_leaves_the_buffer(
+        self, make_slow_file: MakeSlowFile
+    ) -> None:
+        """It is not waited for, and nothing lands in the caller's buffer any more."""
+        file = make_slow_file(MIB, max_readahead=0)
+        buffer = bytearray(b"?" * PAGE)
+        async with AsyncMmap.open_path(file.path) as m:
+            file.evict()
+            async with holding(file), anyio.create_task_group() as tg:
+                tg.start_soon(m.readinto_at, 0, buffer)
+                await held(file)
+                tg.cancel_scope.cancel()
+            buffer.append(0)  # its export has ended
+            assert await m.read_at(0, PAGE) == content(0, PAGE)
+        assert buffer == b"?" * PAGE + b"\0"
+
+    @pytest.mark.fuse
     @on_asyncio
     async def test_native_cancellation(self, make_slow_file: MakeSlowFile) -> None:
         """``task.cancel()`` gets out too, and leaves the region free."""
@@ -266,7 +286,7 @@ class TestCancellation:
                     pass
 
     @pytest.mark.fuse
-    @pytest.mark.parametrize("call", ["readinto_at", "write_at", "move"])
+    @pytest.mark.parametrize("call", ["readinto_at, large", "write_at", "move"])
     async def test_stays_where_the_users_memory_is_in_use(
         self, make_slow_file: MakeSlowFile, call: str
     ) -> None:
@@ -371,6 +391,8 @@ async def access(m: AsyncMmap, call: str, offset: int = 0) -> object:
             buffer = bytearray(PAGE)
             await m.readinto_at(offset, buffer)
             return bytes(buffer)
+        case "readinto_at, large":
+            await m.readinto_at(offset, bytearray(INLINE + 1))
         case "write_at":
             return await m.write_at(offset + 1, b"x")
         case "move":
