@@ -133,7 +133,9 @@ class MapAccess(Uncopyable):
             core.check_writable()
             if core.write_nowait(offset, source):
                 return length
-        claim = await core.lock.acquire(offset, offset + length, True)
+            claim = core.lock.acquire_nowait(offset, offset + length, True)
+        else:
+            claim = await core.lock.acquire(offset, offset + length, True)
         try:
             with core.lock.holding(claim):
                 core.check_writable()

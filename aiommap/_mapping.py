@@ -77,7 +77,7 @@ class Mapping(MappedMemory):
             for offset, length in ranges:
                 self.kernel.will_need(self.file.fd, self.offset + offset, length)
 
-    def load_many(self, ranges: Sequence[Range]) -> bool:
+    def load_many(self, ranges: Sequence[Range], *, write: bool = False) -> bool:
         """
         Bring several ranges in together, if that goes well; else :meth:`load` says why.
 
@@ -89,8 +89,9 @@ class Mapping(MappedMemory):
         # They are announced, but maybe the thread that does so has not come to them; and a fault
         # whose read nobody has started reads far around itself, 8 MiB on some disks.
         self.kernel.will_need_many(spans)
-        if not self.kernel.populate_read_many(spans):
-            return False
+        return self.kernel.populate_many(spans, write=write) and self._reaches_all(ranges)
+
+    def _reaches_all(self, ranges: Sequence[Range]) -> bool:
         try:
             reach = self.reach()
         except OSError:
@@ -267,6 +268,28 @@ class Mapping(MappedMemory):
         self._copy(target, source, length, offset, write=True)
         # Truncated while we copied: some bytes went into pages that are gone.
         self.check_reach(offset, length)
+
+    def write_many(self, parts: Sequence[tuple[int, memoryview]]) -> bool:
+        """
+        Store several, ``(offset, data)`` each, if all goes well. Else each is to be stored by
+        itself, be it again: :meth:`write` says what is wrong.
+        """
+        ranges = []
+        copies = []
+        for offset, data in parts:
+            length = len(data)
+            target = self._address + offset
+            # SAFETY: as in write().
+            source = address_of(data)
+            if source < target + length and target < source + length:
+                return False
+            ranges.append((offset, length))
+            copies.append((target, source, length))
+        return (
+            self.load_many(ranges, write=True)
+            and self.kernel.copy_many(copies)
+            and self._reaches_all(ranges)
+        )
 
     def copied(self, data: memoryview) -> bytes:
         """

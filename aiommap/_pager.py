@@ -98,11 +98,12 @@ class Load(Access[None]):
     A load of a moderate range, which can be waited for later, or together with others.
 
     :ivar finished: when, by the monotonic clock
+    :ivar write: whether its pages are to be ready for stores
     """
 
-    __slots__ = ("finished",)
+    __slots__ = ("finished", "write")
 
-    def __init__(self, mapping: Mapping, offset: int, length: int) -> None:
+    def __init__(self, mapping: Mapping, offset: int, length: int, write: bool = False) -> None:
         # As the classes above do it, without their calls: it is on the path of every cold view.
         self.together: bool = length <= SMALLEST_PIECE
         self.done: bool = False
@@ -115,11 +116,14 @@ class Load(Access[None]):
         self.length = length
         self.result: None = None  # also where it failed: it may be waited for again
         self.finished: float = 0.0
+        self.write: bool = write
 
     def perform(self) -> None:
         assert self.mapping is not None
         try:
-            self.mapping.load(self.offset, self.length)
+            if self.write:  # the loop did not look for its pages, and so started no read
+                self.mapping.will_load(self.offset, self.length)
+            self.mapping.load(self.offset, self.length, write=self.write)
             self.finished = time.monotonic()
         finally:
             self.mapping = None
@@ -128,6 +132,31 @@ class Load(Access[None]):
         """It was done together with others."""
         self.finished = time.monotonic()
         self.mapping = None
+
+
+class Store(Access[None]):
+    """Few bytes that are stored, together with others. The caller stays: they are its own."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, mapping: Mapping, offset: int, data: memoryview) -> None:
+        super().__init__(mapping, offset, len(data), partial(mapping.write, offset, data))
+        self.data: memoryview | None = data
+
+    def forget(self) -> None:
+        super().forget()
+        self.data = None
+
+    def perform(self) -> None:
+        try:
+            super().perform()
+        finally:
+            self.data = None
+
+    def perform_not(self) -> None:
+        """It was done together with others."""
+        self.result = None
+        self.forget()
 
 
 class _PagingCrew(StreamCrew[Access[Any]]):
@@ -153,11 +182,22 @@ class _PagingCrew(StreamCrew[Access[Any]]):
 
     def _perform_some(self, requests: Sequence[Access[Any]]) -> None:
         small = [each for each in requests if isinstance(each, Load) and each.together]
-        if len(small) > 1:
-            for mapping, group in _by_mapping(small):
-                if mapping.load_many([(each.offset, each.length) for each in group]):
+        for write in (False, True):
+            some = [each for each in small if each.write is write]
+            if len(some) < 2:
+                continue
+            for mapping, group in _by_mapping(some):
+                if mapping.load_many([(each.offset, each.length) for each in group], write=write):
                     for each in group:
                         each.perform_not()
+        stores = [each for each in requests if isinstance(each, Store)]
+        if len(stores) > 1:
+            for mapping, of_it in _by_mapping(stores):
+                parts = [(each.offset, each.data) for each in of_it if each.data is not None]
+                if mapping.write_many(parts):
+                    for store in of_it:
+                        store.perform_not()
+                del parts  # the callers' buffers
         super().perform_some([each for each in requests if each.mapping is not None])
 
 
@@ -227,8 +267,8 @@ class Pager:
         :raises OSError: see :meth:`Mapping.load`
         """
         self._count(length)
-        if length <= SMALLEST_PIECE and not write:
-            await self._crew.do(Load(mapping, offset, length))
+        if length <= SMALLEST_PIECE:
+            await self._crew.do(Load(mapping, offset, length, write))
             return
         end = offset + length
         with _asked_for(offset, length):
@@ -304,6 +344,9 @@ class Pager:
     async def write(self, mapping: Mapping, offset: int, data: memoryview) -> None:
         """Store the caller's bytes. :raises OSError: see :meth:`Mapping.write`"""
         self._count(len(data))
+        if len(data) <= SMALLEST_PIECE:
+            await self._crew.do(Store(mapping, offset, data), stay=True)
+            return
         # The first piece must not change anything if the last one cannot be written for a
         # reason that is known now.
         if len(data) > self._piece:

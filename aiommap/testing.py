@@ -193,11 +193,12 @@ class _Kernel:
 
     # Of many at a time, with an answer of its own
 
-    def populate_read_many(self, spans: Sequence[tuple[int, int]]) -> bool:
-        if self._disk._is_bad("read"):
+    def populate_many(self, spans: Sequence[tuple[int, int]], *, write: bool) -> bool:
+        operation: Operation = "store" if write else "read"
+        if self._disk._is_bad(operation):
             return False  # one by one, then, and each asks
-        self._disk._ask("read")
-        return self._kernel.populate_read_many(spans)
+        self._disk._ask(operation)
+        return self._kernel.populate_many(spans, write=write)
 
 
 def _checked(operation: Operation) -> Operation:

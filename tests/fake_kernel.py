@@ -201,13 +201,13 @@ _LACKING: dict[str, dict[str, Any]] = {
     "populate": {
         "populate_read": errno.EINVAL,
         "populate_write": errno.EINVAL,
-        "populate_read_many": False,
+        "populate_many": False,
     },
-    "process_madvise": {"will_need_many": False, "populate_read_many": False},
+    "process_madvise": {"will_need_many": False, "populate_many": False},
     "nowait_reads": {"read_nowait": errno.EOPNOTSUPP},
     "cachestat": {"cached_pages": errno.ENOSYS},
     "mincore": {"resident": errno.ENOSYS},
-    "process_vm": {"copy": errno.ENOSYS},
+    "process_vm": {"copy": errno.ENOSYS, "copy_many": False},
     "memfd": {"memory_file": None},
     "fallocate": {"reserve": False},
     "sync_file_range": {"start_write_back": None, "write_back": None},
@@ -492,8 +492,11 @@ class FakeKernel:
     def will_need_many(self, spans: Sequence[tuple[int, int]]) -> bool:
         return self._call(self.kernel.will_need_many, "will_need_many", spans)
 
-    def populate_read_many(self, spans: Sequence[tuple[int, int]]) -> bool:
-        return self._call(self.kernel.populate_read_many, "populate_read_many", spans)
+    def copy_many(self, copies: Sequence[tuple[int, int, int]]) -> bool:
+        return self._call(self.kernel.copy_many, "copy_many", copies)
+
+    def populate_many(self, spans: Sequence[tuple[int, int]], *, write: bool) -> bool:
+        return self._call(self.kernel.populate_many, "populate_many", spans, write=write)
 
     def resident(self, address: int, length: int) -> bytes:
         return self._call(self.kernel.resident, "resident", address, length)

@@ -348,29 +348,72 @@ def test_the_queue_of_a_disk(file: OpenFile) -> None:
 
 def test_many_page_ins_in_one_call(file: OpenFile) -> None:
     """All pages of all spans are mapped; a span behind the end of the file is False."""
-    if not _linux.populate_read_many([]):
+    if not _linux.populate_many([], write=False):
         pytest.skip("needs process_madvise on ourselves, Linux 6.14")
     os.truncate(file.path, 64 * PAGE)
     memory = _linux.map_file(file.fd, 64 * PAGE, Protection.READ, 0)
     address = address_of(memory)
     spans = [(address + number * PAGE, 2 * PAGE) for number in range(0, 64, 8)]
     assert _linux.will_need_many(spans)
-    assert _linux.populate_read_many(spans)
+    assert _linux.populate_many(spans, write=False)
     state = _linux.resident(address, 64 * PAGE)
     assert all(state[number] & 1 and state[number + 1] & 1 for number in range(0, 64, 8))
     os.truncate(file.path, 20 * PAGE)
-    assert not _linux.populate_read_many(spans)
+    assert not _linux.populate_many(spans, write=False)
     memory.close()
+
+
+def test_many_pages_ready_for_stores_in_one_call(file: OpenFile) -> None:
+    """All pages of all spans can be stored to; a span behind the end of the file is False."""
+    if not _linux.populate_many([], write=True):
+        pytest.skip("needs process_madvise on ourselves, Linux 6.14")
+    os.truncate(file.path, 64 * PAGE)
+    memory = _linux.map_file(file.fd, 64 * PAGE, Protection.READ_WRITE, 0)
+    address = address_of(memory)
+    spans = [(address + number * PAGE, PAGE) for number in range(0, 64, 8)]
+    before = os.stat(file.path).st_blocks
+    assert _linux.populate_many(spans, write=True)
+    os.fsync(file.fd)
+    assert os.stat(file.path).st_blocks > before  # the holes have blocks
+    os.truncate(file.path, 20 * PAGE)
+    assert not _linux.populate_many(spans, write=True)
+    memory.close()
+
+
+def test_many_copies_in_one_call(file: OpenFile) -> None:
+    """Each to its place; False where a page of one cannot be touched, or without the call."""
+    os.truncate(file.path, 4 * PAGE)
+    memory = _linux.map_file(file.fd, 4 * PAGE, Protection.READ_WRITE, 0)
+    address = address_of(memory)
+    source = bytes(range(256))
+    start = address_of(source)
+    copies = [(address + number * PAGE + 5, start + number, 10 + number) for number in range(4)]
+    assert _linux.copy_many(copies)
+    for number in range(4):
+        first = number * PAGE + 5
+        assert memory[first : first + 10 + number] == source[number : 10 + 2 * number]
+    assert _linux.copy_many([])
+    os.truncate(file.path, PAGE)
+    assert not _linux.copy_many(copies)
+    memory.close()
+
+
+def test_many_copies_on_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the call is missing or refused it is False, and nothing raises."""
+    monkeypatch.setattr(_linux, "_process_vm_readv", lambda *arguments: -1)
+    assert not _linux.copy_many([(0, 0, 1)])
+    monkeypatch.setattr(_linux, "_process_vm_readv", None)
+    assert not _linux.copy_many([(0, 0, 1)])
 
 
 def test_many_page_ins_on_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the call is missing or refused it is False, and nothing raises."""
     monkeypatch.setattr(_linux, "_process_madvise", lambda *arguments: -1)
     assert not _linux.will_need_many([(0, PAGE)])
-    assert not _linux.populate_read_many([(0, PAGE)])
+    assert not _linux.populate_many([(0, PAGE)], write=False)
     monkeypatch.setattr(_linux, "_process_madvise", None)
     assert not _linux.will_need_many([(0, PAGE)])
-    assert not _linux.populate_read_many([(0, PAGE)])
+    assert not _linux.populate_many([(0, PAGE)], write=False)
 
 
 def test_linux_memory_file_of_old_and_confined_kernels(

@@ -209,7 +209,7 @@ class TestBatches:
         last: dict[int, object] = {}
         populated = 0
         for call in kernel.calls:
-            if call.name == "populate_read_many":
+            if call.name == "populate_many":
                 populated += 1
                 assert last.get(call.thread) == call.arguments
             if call.name == "will_need_many":
@@ -219,15 +219,105 @@ class TestBatches:
     async def test_many_page_ins_in_few_calls(self, tmp_path: Path) -> None:
         """The pages of many tasks are asked for, and waited for, with a few calls."""
         kernel = await self.read_512_pages(tmp_path)
-        loads = kernel.names("populate_read", "populate_read_many")
+        loads = kernel.names("populate_read", "populate_many")
         assert len(loads) < 512 / 2
         assert len(kernel.names("will_need", "will_need_many")) < 512
+
+
+class TestBatchesOfStores:
+    """Small stores, and the preparing of small views, of many tasks: together, in few calls."""
+
+    def disk_kernel(self) -> FakeKernel:
+        """Every file is on a disk, so that stores go to a worker."""
+        kernel = FakeKernel()
+        kernel.wrap("file_is_in_memory", lambda real, fd: False)
+        return kernel
+
+    @pytest.mark.parametrize("call", ["write_at", "view_mut"])
+    async def test_in_few_calls(self, tmp_path: Path, call: str) -> None:
+        if not _can_populate_many():
+            pytest.skip("needs process_madvise on ourselves, Linux 6.14")
+        kernel = self.disk_kernel()
+        path = file_of(tmp_path, bytes(2 * MIB))
+
+        async def store(m: AsyncMmap, page: int) -> None:
+            offset = page * PAGE + page % 50
+            if call == "write_at":
+                await m.write_at(offset, page.to_bytes(2, "little"))
+            else:
+                async with m.view_mut(offset, 2) as v:
+                    v[:] = page.to_bytes(2, "little")
+
+        async with mapped_by(kernel).open_path(path, "r+") as m:
+            kernel.calls.clear()
+            async with anyio.create_task_group() as tg:
+                for page in range(512):
+                    tg.start_soon(store, m, page)
+            assert 0 < len(kernel.names("populate_write", "populate_many")) < 512 / 2
+            assert len(kernel.names("copy", "copy_many")) < 512 / 2
+        expected = bytearray(2 * MIB)
+        for page in range(512):
+            place = page * PAGE + page % 50
+            expected[place : place + 2] = page.to_bytes(2, "little")
+        assert path.read_bytes() == expected
+
+    @pytest.mark.parametrize("lacking", ["nothing", "process_madvise", "populate", "copy_many"])
+    async def test_what_cannot_be_stored_is_an_error_of_its_own(
+        self, tmp_path: Path, lacking: str
+    ) -> None:
+        """
+        Beside stores behind the end of the file, across it, and from memory that is gone, the
+        others of a batch land; so does one whose bytes come from the place beside it.
+        """
+        kernel = self.disk_kernel()
+        if lacking == "copy_many":
+            kernel.wrap("copy_many", lambda real, copies: False)
+        elif lacking != "nothing":
+            kernel.lack(lacking)
+        data = inc(64 * PAGE)
+        path = file_of(tmp_path, data)
+        gone = file_of(tmp_path, PAGE, "gone")
+        end = 40 * PAGE + 100
+        results: dict[int, object] = {}
+        fill = bytearray(b"!" * 200)
+
+        async def store(page: int, source: bytearray | memoryview) -> None:
+            try:
+                results[page] = await m.write_at(page * PAGE + 10, source)
+            except OSError as exc:
+                results[page] = type(exc), exc.errno
+
+        async with (
+            AsyncMmap.open_path(gone) as other,
+            mapped_by(kernel).open_path(path, "r+") as m,
+        ):
+            os.truncate(gone, 0)
+            os.truncate(path, end)
+            with other.as_slice() as missing, m.as_slice() as own:
+                async with anyio.create_task_group() as tg:
+                    for page in range(30, 50):
+                        source = {33: missing, 35: own[35 * PAGE : 35 * PAGE + 200]}.get(page, fill)
+                        tg.start_soon(store, page, source)
+                del source, own, missing
+            fill.append(0)  # nobody has it any more
+            await m.aclose(flush=False)
+
+        expected = bytearray(data[:end])
+        for page in range(30, 40):
+            if page != 33:
+                first = page * PAGE + 10
+                expected[first : first + 200] = b"!" * 200
+        expected[35 * PAGE + 10 : 35 * PAGE + 210] = data[35 * PAGE : 35 * PAGE + 200]
+        assert path.read_bytes() == expected
+        assert results.pop(33) == (OSError, errno.EFAULT)
+        for page, result in results.items():
+            assert result == (200 if page < 40 else (TruncatedError, errno.ENODATA)), page
 
 
 def _can_populate_many() -> bool:
     from aiommap._kernel import native
 
-    return native.populate_read_many([]) is True
+    return native.populate_many([], write=False) is True
 
 
 class TestCancellation:
@@ -540,7 +630,7 @@ class TestLesserKernels:
             # Tried once.
             async with m.view(500_000, PAGE):
                 pass
-            assert len(kernel.names("populate_read", "populate_read_many")) == 1
+            assert len(kernel.names("populate_read", "populate_many")) == 1
 
     @pytest.mark.smallfs
     async def test_tmpfs_has_no_disk(self, make_small_fs: MakeSmallFs) -> None:

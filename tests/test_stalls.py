@@ -352,7 +352,7 @@ class TestTruncation:
                 os.truncate(path, PAGE)
 
         kernel.wrap(name, populate)
-        kernel.wrap("populate_read_many", lambda real, spans: False)
+        kernel.wrap("populate_many", lambda real, spans, write: False)
         async with mapped_by(kernel).open_path(path, "r+") as m:
             with pytest.raises(TruncatedError) as caught:
                 await use(m, 4)

@@ -35,6 +35,7 @@ from ._portable import advise as advise
 from ._portable import cached_pages as cached_pages
 from ._portable import can_reserve, hand_over, maps, msync, works
 from ._portable import copy as copy
+from ._portable import copy_many as copy_many
 from ._portable import disk_queue as disk_queue
 from ._portable import duplicate as duplicate
 from ._portable import file_is_in_memory as file_is_in_memory
@@ -49,8 +50,8 @@ from ._portable import page_size as page_size
 from ._portable import path_of as path_of
 from ._portable import pin as pin
 from ._portable import pin_limit as pin_limit
+from ._portable import populate_many as populate_many
 from ._portable import populate_read as populate_read
-from ._portable import populate_read_many as populate_read_many
 from ._portable import populate_write as populate_write
 from ._portable import read as read
 from ._portable import read_nowait as read_nowait

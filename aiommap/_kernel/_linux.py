@@ -400,8 +400,8 @@ def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
     return _process_madvise_self(spans, _MADV_WILLNEED) is not None
 
 
-def populate_read_many(spans: Sequence[tuple[int, int]]) -> bool:
-    done = _process_madvise_self(spans, _MADV_POPULATE_READ)
+def populate_many(spans: Sequence[tuple[int, int]], *, write: bool) -> bool:
+    done = _process_madvise_self(spans, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ)
     return done is not None and done == sum(length for _, length in spans)
 
 
@@ -409,10 +409,9 @@ def _process_madvise_self(spans: Sequence[tuple[int, int]], advice: int) -> int 
     """How many bytes were advised, from the first on; None for none."""
     if _process_madvise is None:
         return None
-    count = len(spans)
-    vector = (ctypes.c_uint64 * (2 * count))(*[number for span in spans for number in span])
+    vector = _vector(spans)
     done = _process_madvise(
-        _SYS_PROCESS_MADVISE, _PIDFD_SELF_PROCESS, ctypes.addressof(vector), count, advice, 0
+        _SYS_PROCESS_MADVISE, _PIDFD_SELF_PROCESS, ctypes.addressof(vector), len(spans), advice, 0
     )
     return None if done == -1 else done
 
@@ -466,6 +465,23 @@ def _copy_once(destination: int, source: int, length: int) -> int:
     if copied == -1:
         raise error_from_errno()
     return copied
+
+
+def copy_many(copies: Sequence[tuple[int, int, int]]) -> bool:
+    if _process_vm_readv is None:
+        return False
+    count = len(copies)
+    local = _vector([(destination, length) for destination, _, length in copies])
+    remote = _vector([(source, length) for _, source, length in copies])
+    copied = _process_vm_readv(
+        os.getpid(), ctypes.addressof(local), count, ctypes.addressof(remote), count, 0
+    )
+    return copied == sum(length for _, _, length in copies)
+
+
+def _vector(spans: Sequence[tuple[int, int]]) -> ctypes.Array[ctypes.c_size_t]:
+    """An array of ``struct iovec``: an address and a length each."""
+    return (ctypes.c_size_t * (2 * len(spans)))(*[number for span in spans for number in span])
 
 
 def move(destination: int, source: int, length: int) -> None:

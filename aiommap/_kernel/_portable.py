@@ -334,7 +334,7 @@ def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
     return False
 
 
-def populate_read_many(spans: Sequence[tuple[int, int]]) -> bool:
+def populate_many(spans: Sequence[tuple[int, int]], *, write: bool) -> bool:
     return False
 
 
@@ -422,6 +422,10 @@ def copy(destination: int, source: int, length: int) -> int:
     return copy_until_missing(
         destination, source, length, carry=_own_pipe().carry, most=_Pipe.MOST, page_size=page_size
     )
+
+
+def copy_many(copies: Sequence[tuple[int, int, int]]) -> bool:
+    return False
 
 
 def move(destination: int, source: int, length: int) -> None:

@@ -164,8 +164,11 @@ class Kernel(Protocol):
     def will_need_many(self, spans: Sequence[tuple[int, int]]) -> bool:
         """Start reading pages, ``(address, length)`` each, in one call; False for "one by one"."""
 
-    def populate_read_many(self, spans: Sequence[tuple[int, int]]) -> bool:
-        """Bring pages in, in one call; False for "one by one", some may be there then."""
+    def populate_many(self, spans: Sequence[tuple[int, int]], *, write: bool) -> bool:
+        """
+        Bring pages in, ready for stores if ``write``, in one call; False for "one by one", some
+        may be there then.
+        """
 
     def resident(self, address: int, length: int) -> bytes:
         """A byte for each page, its lowest bit set if the page is in memory (``mincore``)."""
@@ -183,6 +186,12 @@ class Kernel(Protocol):
 
         :return: the bytes copied, short where a page of either side cannot be touched
         :raises OSError: EFAULT where nothing could be copied
+        """
+
+    def copy_many(self, copies: Sequence[tuple[int, int, int]]) -> bool:
+        """
+        Copies as of :meth:`copy`, ``(destination, source, length)`` each, in one call; False for
+        "one by one", some may be done then.
         """
 
     def move(self, destination: int, source: int, length: int) -> None:

@@ -427,7 +427,7 @@ def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
     return False
 
 
-def populate_read_many(spans: Sequence[tuple[int, int]]) -> bool:
+def populate_many(spans: Sequence[tuple[int, int]], *, write: bool) -> bool:
     return False
 
 
@@ -478,6 +478,10 @@ def _carry(destination: int, source: int, length: int) -> int:
     if code not in _MISSING_PAGE:
         raise _last_error(code)
     return 0
+
+
+def copy_many(copies: Sequence[tuple[int, int, int]]) -> bool:
+    return False
 
 
 def move(destination: int, source: int, length: int) -> None:
