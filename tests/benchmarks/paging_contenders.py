@@ -1,7 +1,8 @@
-"""What the pager is measured beside: the ways in which programs read files today.
+"""What the pager is measured beside: the ways in which programs read and write files today.
 
 Each contender is an async context manager that gives ``read(offset, length) -> bytes``, or
-None where it does not run on this event loop. They are used as their own documentation shows.
+``write(offset, data)``, or None where it does not run on this event loop. They are used as their
+own documentation shows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from anyio import to_thread
 from aiommap import AsyncMmap
 
 Read = Callable[[int, int], Awaitable[bytes]]
+Write = Callable[[int, bytes], Awaitable[object]]
 Contender = Callable[[Path, int], AbstractAsyncContextManager[Read | None]]
-"""Takes the path and how many tasks will read at the same time."""
+Writer = Callable[[Path, int], AbstractAsyncContextManager[Write | None]]
+"""Takes the path and how many tasks will read, or write, at the same time."""
 
 
 def _on_asyncio() -> bool:
@@ -175,6 +178,78 @@ async def slice_in_thread(path: Path, tasks: int) -> AsyncIterator[Read | None]:
         yield read
 
 
+@asynccontextmanager
+async def map_write_at(path: Path, tasks: int) -> AsyncIterator[Write | None]:
+    async with AsyncMmap.open_path(path, "r+") as m:
+        yield m.write_at
+
+
+@asynccontextmanager
+async def map_view_mut(path: Path, tasks: int) -> AsyncIterator[Write | None]:
+    async with AsyncMmap.open_path(path, "r+") as m:
+
+        async def write(offset: int, data: bytes) -> None:
+            async with m.view_mut(offset, len(data)) as v:
+                v.buffer[:] = data
+
+        yield write
+
+
+@asynccontextmanager
+async def write_with_aiofiles(path: Path, tasks: int) -> AsyncIterator[Write | None]:
+    """As :func:`with_aiofiles`."""
+    if not _on_asyncio():
+        yield None
+        return
+    import aiofiles
+
+    free = [await aiofiles.open(path, "r+b", buffering=0) for _ in range(tasks)]
+    files = list(free)
+
+    async def write(offset: int, data: bytes) -> None:
+        file = free.pop()
+        try:
+            await file.seek(offset)
+            await file.write(data)
+        finally:
+            free.append(file)
+
+    try:
+        yield write
+    finally:
+        for file in files:
+            await file.close()
+
+
+@asynccontextmanager
+async def write_with_aiofile(path: Path, tasks: int) -> AsyncIterator[Write | None]:
+    """As :func:`with_aiofile`."""
+    if not _on_asyncio():
+        yield None
+        return
+    from aiofile import AIOFile
+
+    async with AIOFile(str(path), "r+b") as file:
+
+        async def write(offset: int, data: bytes) -> None:
+            await file.write_bytes(data, offset)
+
+        yield write
+
+
+@asynccontextmanager
+async def with_thread_pwrite(path: Path, tasks: int) -> AsyncIterator[Write | None]:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    async def write(offset: int, data: bytes) -> None:
+        await to_thread.run_sync(os.pwrite, fd, data, offset)
+
+    try:
+        yield write
+    finally:
+        os.close(fd)
+
+
 READ_AT = "aiommap read_at"
 VIEW = "aiommap view"
 AIOFILES = "aiofiles"
@@ -195,4 +270,16 @@ CONTENDERS: dict[str, Contender] = {
     AIOFILE: with_aiofile,
     AIOFILES: with_aiofiles,
     ANYIO_FILE: with_anyio_file,
+}
+
+WRITE_AT = "aiommap write_at"
+VIEW_MUT = "aiommap view_mut"
+THREAD_PWRITE = "to_thread(os.pwrite)"
+
+WRITERS: dict[str, Writer] = {
+    WRITE_AT: map_write_at,
+    VIEW_MUT: map_view_mut,
+    THREAD_PWRITE: with_thread_pwrite,
+    AIOFILE: write_with_aiofile,
+    AIOFILES: write_with_aiofiles,
 }

@@ -36,7 +36,9 @@ from .paging_contenders import (
     THREAD_PREAD,
     THREAD_SLICE,
     VIEW,
+    WRITERS,
     Read,
+    Write,
 )
 
 PAGE = 4096
@@ -84,6 +86,7 @@ SCAN_GAP = "crc32 over all of the file, longest gap of the loop, ms"
 FIND = "find in all of the file, GB/s"
 FIND_GAP = "find in all of the file, longest gap of the loop, ms"
 CANCEL = "cold load of 256 MiB on a slow disk, cancelled after 50 ms"
+WRITE = "random 4 KiB stores into a file in memory, per second"
 STORE = "first stores under 16 committing tasks, us"
 FAULTS = "major faults of the loop thread"
 
@@ -359,6 +362,42 @@ async def _store(m: AsyncMmap, load: bool, commit: bool, seconds: list[float]) -
             await (await m.flush_async())
 
 
+async def writes(run: Run) -> None:
+    """Tasks store random pages that are in memory, and nobody flushes."""
+    size = 64 * MIB
+    path = make_file(run.file.parent, size)
+    data = bytes(PAGE)
+    for tasks in TASKS:
+        count = 2_000 if run.quick or tasks == 1 else 8_000
+        for _ in range(run.rounds):
+            for row, writer in WRITERS.items():
+                async with writer(path, tasks) as write:
+                    if write is None:
+                        continue
+                    offsets = [random.randrange(size // PAGE) * PAGE for _ in range(count)]
+                    took = await _share_writes(write, offsets, data, tasks)
+                    run.figures.note(WRITE, row, f"{run.loop} {tasks}", count / took, least=False)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    await to_thread.run_sync(os.fsync, fd)  # the next one begins with clean pages
+                finally:
+                    os.close(fd)
+
+
+async def _share_writes(write: Write, offsets: list[int], data: bytes, tasks: int) -> float:
+    rest = iter(offsets)
+
+    async def worker() -> None:
+        for offset in rest:
+            await write(offset, data)
+
+    start = time.perf_counter()
+    async with anyio.create_task_group() as group:
+        for _ in range(tasks):
+            group.start_soon(worker)
+    return time.perf_counter() - start
+
+
 SCENARIOS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "hot": hot,
     "cold": cold,
@@ -367,6 +406,7 @@ SCENARIOS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "find": find,
     "cancel": cancel,
     "stores": stores,
+    "writes": writes,
 }
 
 
