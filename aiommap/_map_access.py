@@ -100,6 +100,7 @@ class MapAccess(Uncopyable):
         offset, length = check_range(offset, len(target), core.mapping.length)
         try:
             if length <= INLINE and _buffers.is_plain(target):
+                # No worker gets the caller's memory: a task that is cancelled need not stay.
                 target[:] = await self.read_at(offset, length)
                 return length
             claim = await core.lock.acquire(offset, offset + length, False)
@@ -133,6 +134,7 @@ class MapAccess(Uncopyable):
             core.check_writable()
             if core.write_nowait(offset, source):
                 return length
+            # Others have run already, and nobody has since it was found free.
             claim = core.lock.acquire_nowait(offset, offset + length, True)
         else:
             claim = await core.lock.acquire(offset, offset + length, True)

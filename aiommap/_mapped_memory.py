@@ -306,7 +306,7 @@ class MappedMemory:
         if self._nowait:
             last = self.offset + offset + length - 1
             try:
-                # Half the price of its size, and in memory where this is asked.
+                # Half the price of the size; the byte is in memory where this is asked.
                 return self._read_file_nowait(self._fd, self._probe, last) == 1
             except OSError:
                 pass
