@@ -32,12 +32,13 @@ class ModelRequest:
         self.passed: list[ModelRequest] = []
 
 
-def conflicting(one: Asked, other: Asked) -> bool:
-    return one[0] < other[1] and other[0] < one[1] and (one[2] or other[2])
-
-
 def conflict(one: ModelRequest, other: ModelRequest) -> bool:
-    return any(conflicting(a, b) for a in one.ranges for b in other.ranges)
+    # Loops, because a history of 1 000 steps comes here a million times.
+    for start, stop, alone in one.ranges:
+        for low, high, other_alone in other.ranges:
+            if start < high and low < stop and (alone or other_alone):
+                return True
+    return False
 
 
 class Model:
