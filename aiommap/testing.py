@@ -141,7 +141,7 @@ class FaultyDisk:
         """
         How often the disk was asked for an operation.
 
-        One call of a map may ask several times, and one flush may serve many calls.
+        One call of a map may ask several times, and one request may serve many calls.
         """
         return self._asked[_checked(operation)]
 
