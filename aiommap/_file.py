@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -41,6 +42,7 @@ class File:
         "filename",
         "in_memory",
         "kernel",
+        "longest_hint",
         "mincore_is_honest",
     )
 
@@ -55,6 +57,7 @@ class File:
         self.direct: bool = False
         self.mincore_is_honest: bool = anonymous
         self.disk_queue: int = 0
+        self.longest_hint: int = sys.maxsize
 
     def __del__(self) -> None:
         self.close()
@@ -85,6 +88,7 @@ class File:
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
             self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
+            self.longest_hint = self.kernel.longest_hint(self.fd)
         # The kernel says "all resident" to whoever neither owns nor may write the file
         # (can_do_mincore() in mm/mincore.c).
         self.mincore_is_honest = writable or (

@@ -48,6 +48,7 @@ from ._event_loop import EventLoop, Parking
 from ._file import File, Filename
 from ._flush_batch import Failure, FlushLog, Ticket, length_inside, merge
 from ._mapping import Mapping
+from ._piece_size import PieceSize
 from ._range_sets import outside
 from ._ranges import pieces
 from ._slow_log import log_if_slow
@@ -60,8 +61,7 @@ BULK = 32 << 20
 
 _SMALLEST_PIECE = 4 << 20
 _LARGEST_PIECE = 256 << 20
-_QUICK = 0.01  # seconds for a piece: below it the next may be larger (little was dirty),
-_SLOW = 0.1  # above it the next is smaller. Both out of the air, a decade apart.
+_QUICK = 0.01  # seconds for a piece of which little was dirty; out of the air
 
 _EACH_BY_ITSELF = 16
 """
@@ -193,7 +193,7 @@ class Flusher:
             loop, limiter, batch=4096, perform=self._perform_starts
         )
         self._bulk = _Bulk()
-        self._piece = BULK
+        self._piece = PieceSize(BULK, _SMALLEST_PIECE, _LARGEST_PIECE, quick=_QUICK)
         self.requested: int = 0
         self.write_backs: int = 0
 
@@ -414,7 +414,7 @@ class Flusher:
 
     def _write_piece(self, bulk: _Bulk) -> bool:
         """Write some more of the bulk; False when there is no more, or no point in it."""
-        parts = bulk.next_pieces(self._piece)
+        parts = bulk.next_pieces(self._piece.bytes)
         # The latest, which has the map's present length.
         mapping = bulk.requests[-1].mapping() if bulk.requests else None
         if not parts or mapping is None or self._log.failure is not None:
@@ -431,11 +431,7 @@ class Flusher:
             self._failed(exc, [(each.offset, each.length) for each in bulk.requests])
             return False
         log_if_slow(began, "write-back of %d bytes at %d of %r", length, offset, self._filename)
-        took = time.monotonic() - began
-        if took < _QUICK and length == self._piece:
-            self._piece = min(self._piece * 2, _LARGEST_PIECE)
-        elif took > _SLOW:
-            self._piece = max(self._piece // 2, _SMALLEST_PIECE)
+        self._piece.took(length, time.monotonic() - began)
         return True
 
     def _flush(self, requests: list[_Flush], *, in_bulk: bool) -> None:

@@ -27,10 +27,11 @@ from anyio import CapacityLimiter
 
 from ._byte_search import search
 from ._crew import Request
-from ._errors import TruncatedError
+from ._errors import Range, TruncatedError
 from ._event_loop import EventLoop, Parking
 from ._kernel import new_bytes
 from ._mapping import Mapping
+from ._piece_size import PieceSize
 from ._slow_log import log_if_slow
 from ._stream_crew import StreamCrew
 from ._workers import forgetful
@@ -49,30 +50,39 @@ BATCH = 64
 SMALLEST_PIECE = 64 << 10
 FIRST_PIECE = 256 << 10
 LARGEST_PIECE = 16 << 20
-_QUICK = 0.025  # seconds for a piece: below it the next one may be larger,
-_SLOW = 0.1  # above it the next one is smaller. What a cancelled copy has to wait for.
-_AHEAD = 4
-"""
-Pieces under way at a time. So a piece grows until four take 0.1 s: where a request takes long
-and many are answered in parallel (network, 60 ms), they are needed to be fast at all.
-"""
 
-SEARCHED = 16 << 20
-"""Bytes that are searched at once: 5 ms, and then others get their turn."""
+FIRST_SEARCHED = 4 << 20
+MOST_SEARCHED = 32 << 20
+"""
+Bytes that are searched at once: in memory up to 10 ms, and then others get their turn. Pieces of
+16 MiB take a twelfth more in all.
+"""
 
 
 class Access(Request, Generic[T]):
-    """One use of a range of a mapping, in a worker."""
+    """
+    One use of a range of a mapping, in a worker.
 
-    __slots__ = ("_call", "length", "mapping", "offset", "result", "seconds", "together")
+    :ivar ahead: ranges to start reading before: by who has it to do, or an announcer
+    """
+
+    __slots__ = ("_call", "ahead", "length", "mapping", "offset", "result", "seconds", "together")
 
     result: T
 
-    def __init__(self, mapping: Mapping, offset: int, length: int, call: Callable[[], T]) -> None:
+    def __init__(
+        self,
+        mapping: Mapping,
+        offset: int,
+        length: int,
+        call: Callable[[], T],
+        ahead: Sequence[Range] = (),
+    ) -> None:
         super().__init__()
         self.mapping: Mapping | None = mapping
         self.offset: int = offset
         self.length: int = length
+        self.ahead: Sequence[Range] = ahead
         self.seconds: float = 0.0
         self.together: bool = length <= SMALLEST_PIECE
         self._call: Callable[[], T] | None = call
@@ -85,6 +95,8 @@ class Access(Request, Generic[T]):
         assert call is not None
         began = time.monotonic()
         try:
+            if self.ahead and self.mapping is not None:
+                self.mapping.will_load(self.ahead)
             self.result = call()
         finally:
             self.seconds = time.monotonic() - began
@@ -114,6 +126,7 @@ class Load(Access[None]):
         self.mapping = mapping
         self.offset = offset
         self.length = length
+        self.ahead = ((offset, length),)
         self.result: None = None  # also where it failed: it may be waited for again
         self.finished: float = 0.0
         self.write: bool = write
@@ -121,8 +134,10 @@ class Load(Access[None]):
     def perform(self) -> None:
         assert self.mapping is not None
         try:
-            if self.write:  # the loop did not look for its pages, and so started no read
-                self.mapping.will_load(self.offset, self.length)
+            # A look of the loop at a few pages, where it is allowed, has started to read them;
+            # and what many pages do by themselves is quicker where it is enough.
+            if self.ahead and (self.write or not (self.together or self.mapping.reads_far)):
+                self.mapping.will_load(self.ahead)
             self.mapping.load(self.offset, self.length, write=self.write)
             self.finished = time.monotonic()
         finally:
@@ -140,7 +155,8 @@ class Store(Access[None]):
     __slots__ = ("data",)
 
     def __init__(self, mapping: Mapping, offset: int, data: memoryview) -> None:
-        super().__init__(mapping, offset, len(data), partial(mapping.write, offset, data))
+        write = partial(mapping.write, offset, data)
+        super().__init__(mapping, offset, len(data), write, ((offset, len(data)),))
         self.data: memoryview | None = data
 
     def forget(self) -> None:
@@ -164,7 +180,9 @@ class _PagingCrew(StreamCrew[Access[Any]]):
 
     def announce(self, requests: Sequence[Access[Any]]) -> None:
         for mapping, group in _by_mapping(requests):
-            mapping.will_load_many([(each.offset, each.length) for each in group])
+            mapping.will_load([ahead for each in group for ahead in each.ahead])
+            for each in group:
+                each.ahead = ()
 
     def perform_some(self, requests: Sequence[Access[Any]]) -> None:
         began = time.monotonic()
@@ -219,7 +237,8 @@ class Pager:
 
     def __init__(self, loop: EventLoop, limiter: CapacityLimiter) -> None:
         self._crew = _PagingCrew(loop, limiter, threads=THREADS, batch=BATCH, announcer=True)
-        self._piece = FIRST_PIECE
+        self._piece = PieceSize(FIRST_PIECE, SMALLEST_PIECE, LARGEST_PIECE)
+        self._searched = PieceSize(FIRST_SEARCHED, SMALLEST_PIECE, MOST_SEARCHED)
         self.loads: int = 0
         self.bytes_loaded: int = 0
 
@@ -227,30 +246,19 @@ class Pager:
         """The map is gone: no thread waits for more to do. What is under way goes on."""
         self._crew.close()
 
-    def _pieces(self, offset: int, length: int, *, backwards: bool = False) -> Iterator[range]:
-        """A range in consecutive pieces, each as large as the disk allows by then."""
-        end = offset + length
-        while offset < end:
-            count = min(self._piece, end - offset)
-            if backwards:
-                end -= count
-                yield range(end, end + count)
-            else:
-                yield range(offset, offset + count)
-                offset += count
-
-    def _adapt(self, request: Access[Any]) -> None:
-        if request.seconds > _SLOW:
-            self._piece = max(self._piece // 2, SMALLEST_PIECE)
-        elif request.seconds < _QUICK and request.length >= self._piece:
-            self._piece = min(self._piece * 2, LARGEST_PIECE)
-
     async def _do(
-        self, mapping: Mapping, offset: int, length: int, call: Callable[[], T], stay: bool = False
+        self,
+        mapping: Mapping,
+        offset: int,
+        length: int,
+        call: Callable[[], T],
+        ahead: Sequence[Range] = (),
+        *,
+        stay: bool = False,
     ) -> T:
-        request = Access(mapping, offset, length, call)
+        request = Access(mapping, offset, length, call, ahead)
         await self._crew.do(request, stay=stay)
-        self._adapt(request)
+        self._piece.took(request.length, request.seconds)
         return request.result
 
     def _count(self, length: int) -> None:
@@ -270,12 +278,10 @@ class Pager:
         if length <= SMALLEST_PIECE:
             await self._crew.do(Load(mapping, offset, length, write))
             return
-        end = offset + length
         with _asked_for(offset, length):
-            for piece in self._pieces(offset, length):
-                ahead = min(end - piece.start, _AHEAD * len(piece))
-                call = partial(_load, mapping, piece.start, len(piece), ahead, write)
-                await self._do(mapping, piece.start, len(piece), call)
+            for piece, ahead in self._piece.pieces(offset, length):
+                call = partial(mapping.load, piece.start, len(piece), write=write)
+                await self._do(mapping, piece.start, len(piece), call, (ahead,))
 
     def load_soon(self, mapping: Mapping, offset: int, length: int) -> Load:
         """Begin to load a range of moderate size; :meth:`wait` for it, or :meth:`abandon` it."""
@@ -284,20 +290,31 @@ class Pager:
         self._crew.submit(request)
         return request
 
+    @property
+    def searched(self) -> int:
+        """Bytes that are best searched with one call."""
+        return self._searched.bytes
+
     def search_soon(
         self, mapping: Mapping, offset: int, length: int, needle: bytes, *, last: bool
     ) -> Access[int]:
         """Begin a search: where the needle first, or last, is in the range, from it; or -1."""
-        call = partial(_search, mapping, offset, length, needle, last)
-        request = Access(mapping, offset, length, call)
+        call = partial(search, mapping, offset, length, needle, last=last)
+        request = Access(mapping, offset, length, call, ((offset, length),))
         self._crew.submit(request)
         return request
 
     @forgetful
-    async def wait(self, request: Access[T]) -> T:
-        """Wait for something begun. :raises OSError: see :meth:`Mapping.load`"""
+    async def found(self, request: Access[int]) -> int:
+        """Wait for a search. :raises OSError: see :meth:`Mapping.read_into`"""
         await self._crew.wait(request)
+        self._searched.took(request.length, request.seconds)
         return request.result
+
+    @forgetful
+    async def wait(self, load: Load) -> None:
+        """Wait for a load. :raises OSError: see :meth:`Mapping.load`"""
+        await self._crew.wait(load)
 
     def abandon(self, request: Access[Any]) -> None:
         """Nobody will wait for it."""
@@ -317,13 +334,11 @@ class Pager:
                     return data
             return await self._do(mapping, offset, length, partial(mapping.read, offset, length))
         data, memory = new_bytes(length)
-        end = offset + length
         with _asked_for(offset, length):
-            for piece in self._pieces(offset, length):
+            for piece, ahead in self._piece.pieces(offset, length):
                 part = memory[piece.start - offset : piece.stop - offset]
-                ahead = min(end - piece.start, _AHEAD * len(piece))
-                call = partial(_read_into, mapping, piece.start, part, ahead)
-                await self._do(mapping, piece.start, len(piece), call)
+                call = partial(mapping.read_into, piece.start, part)
+                await self._do(mapping, piece.start, len(piece), call, (ahead,))
         return data
 
     @forgetful
@@ -331,14 +346,12 @@ class Pager:
         """Copy the range into the caller's buffer. :raises OSError: as :meth:`read`"""
         length = len(buffer)
         self._count(length)
-        end = offset + length
         with _asked_for(offset, length):
             backwards = mapping.distance(offset, buffer) > 0  # as in write()
-            for piece in self._pieces(offset, length, backwards=backwards):
+            for piece, ahead in self._piece.pieces(offset, length, backwards=backwards):
                 part = buffer[piece.start - offset : piece.stop - offset]
-                ahead = min(end - piece.start, _AHEAD * len(piece))
-                call = partial(_read_into, mapping, piece.start, part, ahead)
-                await self._do(mapping, piece.start, len(piece), call, stay=True)
+                call = partial(mapping.read_into, piece.start, part)
+                await self._do(mapping, piece.start, len(piece), call, (ahead,), stay=True)
 
     @forgetful
     async def write(self, mapping: Mapping, offset: int, data: memoryview) -> None:
@@ -349,16 +362,16 @@ class Pager:
             return
         # The first piece must not change anything if the last one cannot be written for a
         # reason that is known now.
-        if len(data) > self._piece:
+        if len(data) > self._piece.bytes:
             call = partial(_prepare_stores, mapping, offset, len(data))
             await self._do(mapping, offset, 0, call)
         with _asked_for(offset, len(data)):
             # The end that the copy runs into goes first, where the bytes are the map's own.
             backwards = mapping.distance(offset, data) < 0
-            for piece in self._pieces(offset, len(data), backwards=backwards):
+            for piece, ahead in self._piece.pieces(offset, len(data), backwards=backwards):
                 part = data[piece.start - offset : piece.stop - offset]
                 call = partial(mapping.write, piece.start, part)
-                await self._do(mapping, piece.start, len(piece), call, stay=True)
+                await self._do(mapping, piece.start, len(piece), call, (ahead,), stay=True)
 
     @forgetful
     async def move(self, mapping: Mapping, target: int, source: int, length: int) -> None:
@@ -367,9 +380,11 @@ class Pager:
         prepare = partial(_prepare_stores, mapping, target, length)
         await self._do(mapping, source, 0, prepare)
         # The end that the copy runs into goes first, so that no byte is overwritten unread.
-        for piece in self._pieces(source, length, backwards=target > source):
-            call = partial(_move, mapping, piece.start + target - source, piece.start, len(piece))
-            await self._do(mapping, piece.start, len(piece), call, stay=True)
+        away = target - source
+        for piece, (start, count) in self._piece.pieces(source, length, backwards=away > 0):
+            call = partial(_move, mapping, piece.start + away, piece.start, len(piece))
+            ahead = (start, count), (start + away, count)
+            await self._do(mapping, piece.start, len(piece), call, ahead, stay=True)
 
 
 @contextmanager
@@ -381,32 +396,10 @@ def _asked_for(offset: int, length: int) -> Iterator[None]:
         raise TruncatedError(offset, length, exc.size, exc.filename) from None
 
 
-def _load(mapping: Mapping, offset: int, length: int, ahead: int, write: bool) -> None:
-    _start_reading(mapping, offset, ahead)
-    mapping.load(offset, length, write=write)
-
-
-def _read_into(mapping: Mapping, offset: int, buffer: memoryview, ahead: int) -> None:
-    _start_reading(mapping, offset, ahead)
-    mapping.read_into(offset, buffer)
-
-
-def _search(mapping: Mapping, offset: int, length: int, needle: bytes, last: bool) -> int:
-    _start_reading(mapping, offset, length)
-    return search(mapping, offset, length, needle, last=last)
-
-
-def _start_reading(mapping: Mapping, offset: int, length: int) -> None:
-    # A fault and a read take one window of the file system's read-ahead at a time, and wait for
-    # it; this asks for all, and does not wait.
-    mapping.will_load(offset, length)
-
-
 def _prepare_stores(mapping: Mapping, offset: int, length: int) -> None:
     mapping.check_reach(offset, length)
     mapping.reserve(offset, length)
 
 
 def _move(mapping: Mapping, target: int, source: int, length: int) -> None:
-    _start_reading(mapping, source, length)
     mapping.write(target, memoryview(mapping.read(source, length)))

@@ -12,7 +12,7 @@ from . import _buffers
 from ._errors import DeadlockError
 from ._mapped_memory import INLINE
 from ._open_map import OpenMap
-from ._pager import SEARCHED, THREADS, Access
+from ._pager import THREADS, Access
 from ._ranges import as_int
 from ._typing import Buffer
 from ._wait_graph import Claim
@@ -87,7 +87,8 @@ class _Search:
         rest = self._stop - self._first
         if rest < len(self._needle) or len(self._under_way) == _AT_ONCE:
             return None
-        count = min(max(SEARCHED, len(self._needle)) + len(self._needle) - 1, rest)
+        searched = self._core.pager.searched
+        count = min(max(searched, len(self._needle)) + len(self._needle) - 1, rest)
         start = self._stop - count if self._last else self._first
         return start, start + count
 
@@ -117,7 +118,7 @@ class _Search:
 
     async def _take_first(self) -> int:
         start, claim, request = self._under_way[0]
-        found = await self._core.pager.wait(request)
+        found = await self._core.pager.found(request)
         self._under_way.popleft()
         self._core.lock.release(claim)
         return start + found if found >= 0 else -1

@@ -432,6 +432,9 @@ class FakeKernel:
     def disk_queue(self, fd: int) -> int:
         return self._call(self.kernel.disk_queue, "disk_queue", fd)
 
+    def longest_hint(self, fd: int) -> int:
+        return self._call(self.kernel.longest_hint, "longest_hint", fd)
+
     def free_blocks(self, fd: int) -> int:
         return self._call(self.kernel.free_blocks, "free_blocks", fd)
 

@@ -13,7 +13,7 @@ from anyio import ClosedResourceError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aiommap import AsyncMmap, DeadlockError, TruncatedError, _byte_search, _searching
+from aiommap import AsyncMmap, DeadlockError, TruncatedError, _byte_search, _pager
 
 from .content import file_of, inc
 from .fake_kernel import FakeKernel
@@ -29,7 +29,8 @@ NEEDLE = b"the needle"
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 512 KiB in two windows, so that a small file has several."""
-    monkeypatch.setattr(_searching, "SEARCHED", 512 << 10)
+    monkeypatch.setattr(_pager, "FIRST_SEARCHED", 512 << 10)
+    monkeypatch.setattr(_pager, "MOST_SEARCHED", 512 << 10)
     monkeypatch.setattr(_byte_search, "_WINDOW", 256 << 10)
 
 

@@ -346,6 +346,39 @@ def test_the_queue_of_a_disk(file: OpenFile) -> None:
         os.close(memory)
 
 
+def test_the_longest_hint(file: OpenFile) -> None:
+    """As far as sysfs says that the disk reads ahead, at least the 128 KiB of what is no disk."""
+    device = os.fstat(file.fd).st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    disk = Path(f"/sys/dev/block/{name}")
+    settings = (
+        disk / "queue/read_ahead_kb",
+        disk.resolve().parent / "queue/read_ahead_kb",
+        Path(f"/sys/class/bdi/{name}/read_ahead_kb"),
+    )
+    said = [int(path.read_text()) << 10 for path in settings if path.exists()]
+    longest = _linux.longest_hint(file.fd)
+    assert longest == max(128 << 10, *said[:1])
+    assert longest % PAGE == 0
+    memory = _linux.memory_file(PAGE, huge=False)
+    assert memory is not None
+    try:
+        assert _linux.longest_hint(memory) == 128 << 10
+    finally:
+        os.close(memory)
+
+
+def test_more_hints_than_one_call_takes(file: OpenFile) -> None:
+    """The kernel takes 1024 spans in one call; more are several calls."""
+    if not _linux.populate_many([], write=False):
+        pytest.skip("needs process_madvise on ourselves, Linux 6.14")
+    memory = _linux.map_file(file.fd, 4 * PAGE, Protection.READ, 0)
+    try:
+        assert _linux.will_need_many([(address_of(memory), PAGE)] * 3000)
+    finally:
+        memory.close()
+
+
 def test_many_page_ins_in_one_call(file: OpenFile) -> None:
     """All pages of all spans are mapped; a span behind the end of the file is False."""
     if not _linux.populate_many([], write=False):

@@ -7,9 +7,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -23,7 +21,6 @@ from aiommap import (
     Protection,
     TruncatedError,
     _mapped_memory,
-    _pager,
 )
 from aiommap._mapped_memory import INLINE
 from aiommap._read_starts import COLD_READS, STARTED
@@ -32,11 +29,12 @@ from .cancelling import let_others_run, on_asyncio
 from .content import file_of, inc
 from .fake_kernel import FakeKernel, Hold
 from .flushing import entered, mapped_by
+from .paging import cold_kernel, held, holding, on_disk
 from .processes import run_python
 
 pytest.importorskip("tests.rigs.faults", reason="the pager's rigs need Linux")
 
-from .rigs.faults import dirty_pages, evict, resident_pages
+from .rigs.faults import dirty_pages, resident_pages
 from .rigs.slow_file import SlowFile, content
 from .rigs.small_fs import SmallFileSystem
 
@@ -47,39 +45,6 @@ MIB = 1 << 20
 
 MakeSlowFile = Callable[..., SlowFile]
 MakeSmallFs = Callable[..., SmallFileSystem]
-
-
-def cold_kernel() -> FakeKernel:
-    """Nothing is known to be in memory, so that everything goes to a worker."""
-    kernel = FakeKernel()
-    kernel.lack("nowait_reads")
-    kernel.wrap("resident", lambda real, address, length: bytes(len(real(address, length))))
-    return kernel
-
-
-def on_disk(folder: Path, data: bytes) -> Path:
-    """A file none of whose pages is in memory; skips where there is no disk below."""
-    path = file_of(folder, data)
-    try:
-        evict(path)
-    except RuntimeError:
-        pytest.skip("temporary files are in memory here: no page can be made cold")
-    return path
-
-
-async def held(file: SlowFile, count: int = 1) -> None:
-    """Wait until so many reads wait for the disk."""
-    await to_thread.run_sync(file.wait_held, "read", count)
-
-
-@asynccontextmanager
-async def holding(file: SlowFile) -> AsyncIterator[None]:
-    """The disk answers no read while the block runs."""
-    file.hold("read")
-    try:
-        yield
-    finally:
-        await to_thread.run_sync(file.release, "read")
 
 
 def delta(before: MmapStatistics, after: MmapStatistics) -> tuple[int, int]:
@@ -497,68 +462,6 @@ async def access(m: AsyncMmap, call: str, offset: int = 0) -> object:
         case _:
             raise AssertionError(call)
     return None
-
-
-class TestPieces:
-    async def test_pieces_grow_on_a_quick_disk(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Where pieces take no time each is twice as large as the one before, to 16 MiB."""
-        sizes = await _piece_sizes(tmp_path, monkeypatch, 128 * MIB, lambda size: 0.0)
-        assert sizes[0] == 256 << 10
-        for before, after in pairwise(sizes[:-1]):
-            assert after == min(2 * before, 16 * MIB)
-        assert max(sizes) == 16 * MIB
-
-    async def test_pieces_shrink_on_a_slow_disk(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """At 1 MiB a second pieces get smaller, and none takes a second, down to 64 KiB."""
-        sizes = await _piece_sizes(tmp_path, monkeypatch, 2 * MIB, lambda size: size / MIB)
-        assert sizes[:3] == [256 << 10, 128 << 10, 64 << 10]
-        assert set(sizes[3:]) == {64 << 10}
-
-    async def test_latency_alone_does_not_keep_them_small(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Pieces ahead are under way: 60 ms for each four of them are no reason to be slow."""
-        sizes = await _piece_sizes(tmp_path, monkeypatch, 64 * MIB, lambda size: 0.06 / 4)
-        assert max(sizes) == 16 * MIB
-
-    async def test_the_next_pieces_are_under_way(self, tmp_path: Path) -> None:
-        """While a piece is waited for, the reads of the next three have been started."""
-        kernel = cold_kernel()
-        async with mapped_by(kernel).open_path(file_of(tmp_path, 16 * MIB)) as m:
-            await m.load(0, 8 * MIB)
-        asked = [call for call in kernel.calls if call.name in ("will_need", "populate_read")]
-        for ahead, piece in zip(asked[::2], asked[1::2], strict=True):
-            assert ahead.name == "will_need"
-            _, offset, length = ahead.arguments
-            assert length == min(4 * piece.arguments[1], 8 * MIB - offset)
-
-
-async def _piece_sizes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, size: int, seconds: Callable[[int], float]
-) -> list[int]:
-    """How a load is cut on a disk that takes so many seconds for so many bytes."""
-
-    class Clock:
-        now = 0.0
-
-        def monotonic(self) -> float:
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(_pager, "time", clock)
-    kernel = cold_kernel()
-
-    def populate(real: Callable[..., None], address: int, length: int) -> None:
-        clock.now += seconds(length)  # and no page is touched, to save the time
-
-    kernel.wrap("populate_read", populate)
-    async with mapped_by(kernel).open_path(file_of(folder, size)) as m:
-        await m.load()
-    return [call.arguments[1] for call in kernel.calls if call.name == "populate_read"]
 
 
 class TestLesserKernels:

@@ -42,6 +42,7 @@ from ._portable import file_is_in_memory as file_is_in_memory
 from ._portable import file_size as file_size
 from ._portable import free_blocks as free_blocks
 from ._portable import known_file_size as known_file_size
+from ._portable import longest_hint as longest_hint
 from ._portable import map_granularity as map_granularity
 from ._portable import map_memory as map_memory
 from ._portable import memory_file as memory_file

@@ -105,6 +105,8 @@ _AT_STATX_DONT_SYNC = 0x4000
 _STATX_SIZE = 0x200
 _FEW_PAGES = 256 << 10
 _SMALL_QUEUE = 32  # of a SATA disk
+_SHORTEST_HINT = 128 << 10  # VM_READAHEAD_PAGES, what bdi_alloc() sets for what is no disk
+_MOST_SPANS = 1024  # UIO_MAXIOV
 _SYS_PROCESS_MADVISE = 440
 _PIDFD_SELF_PROCESS = -10001  # Linux 6.14
 _MADV_WILLNEED = 3
@@ -237,12 +239,30 @@ def reads_directly(fd: int) -> bool:
 
 
 def disk_queue(fd: int) -> int:
+    queue = _disk_setting(fd, *_of_disk("nr_requests"))
+    return _SMALL_QUEUE if queue is None else queue
+
+
+def longest_hint(fd: int) -> int:
+    # mm/readahead.c, force_page_cache_ra(): the larger one of what is read ahead and of what one
+    # request of the disk takes, which is not told for all of them.
+    ahead = _disk_setting(fd, *_of_disk("read_ahead_kb"), "class/bdi/{}/read_ahead_kb")
+    longest = max((ahead or 0) << 10, _SHORTEST_HINT)
+    return longest - longest % page_size
+
+
+def _of_disk(setting: str) -> tuple[str, str]:
+    return f"dev/block/{{}}/queue/{setting}", f"dev/block/{{}}/../queue/{setting}"  # a partition's
+
+
+def _disk_setting(fd: int, *names: str) -> int | None:
+    """What sysfs says of the file's disk; None where it has none there, or none that is known."""
     device = os.fstat(fd).st_dev
-    disk = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    for queue in ("queue", "../queue"):  # a partition has its disk's
-        with suppress(OSError, ValueError), open(f"{disk}/{queue}/nr_requests") as file:
+    for name in names:
+        path = "/sys/" + name.format(f"{os.major(device)}:{os.minor(device)}")
+        with suppress(OSError, ValueError), open(path) as file:
             return int(file.read())
-    return _SMALL_QUEUE
+    return None
 
 
 def free_blocks(fd: int) -> int:
@@ -397,7 +417,10 @@ def populate_write(address: int, length: int) -> None:
 
 
 def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
-    return _process_madvise_self(spans, _MADV_WILLNEED) is not None
+    return all(
+        _process_madvise_self(spans[first : first + _MOST_SPANS], _MADV_WILLNEED) is not None
+        for first in range(0, len(spans), _MOST_SPANS)
+    )
 
 
 def populate_many(spans: Sequence[tuple[int, int]], *, write: bool) -> bool:

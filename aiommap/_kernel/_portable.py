@@ -178,6 +178,10 @@ def disk_queue(fd: int) -> int:
     return 0
 
 
+def longest_hint(fd: int) -> int:
+    return sys.maxsize
+
+
 def free_blocks(fd: int) -> int:
     return os.fstatvfs(fd).f_bavail
 

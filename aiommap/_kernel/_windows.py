@@ -269,6 +269,10 @@ def disk_queue(fd: int) -> int:
     return 0
 
 
+def longest_hint(fd: int) -> int:
+    return sys.maxsize
+
+
 def free_blocks(fd: int) -> int:
     assert _final_path is not None
     name = ctypes.create_unicode_buffer(1 << 15)  # the longest path there is

@@ -21,7 +21,7 @@ from pathlib import Path
 import anyio
 from anyio import to_thread
 
-from aiommap import AsyncMmap
+from aiommap import AsyncMmap, Protection
 
 from ..rigs.faults import evict, heartbeat, major_faults_of_this_thread
 from ..rigs.slow_file import SlowFile, slow_file
@@ -81,6 +81,7 @@ HOT = "hot 4 KiB access, us"
 COLD = "cold random 4 KiB reads on a real disk, per second"
 SLOW = "64 tasks on a disk of 20 ms, accesses per second"
 SLOW_GAP = "64 tasks on a disk of 20 ms, longest gap of the loop, ms"
+BULK = "all of 16 MiB on a disk of 20 ms, ms"
 SCAN = "crc32 over all of the file, GB/s"
 SCAN_GAP = "crc32 over all of the file, longest gap of the loop, ms"
 FIND = "find in all of the file, GB/s"
@@ -189,6 +190,38 @@ async def slow(run: Run) -> None:
                         took = await _share(read, [page * PAGE for page in pages], 64)
                 run.figures.note(SLOW, row, run.loop, count / took, least=False)
                 run.figures.note(SLOW_GAP, row, run.loop, heart.longest_gap * 1e3)
+
+
+async def bulk(run: Run) -> None:
+    """One task wants all of a file whose requests take 20 ms, with the kernel's read-ahead."""
+    size = 16 * MIB
+    absent = b"\xff" * 16
+    with slow_file(size, read=0.02) as file:
+        async with AsyncMmap.open_path(file.path, Protection.READ_WRITE) as m:
+
+            async def scan() -> None:
+                async for _ in m.windows():
+                    pass
+
+            async def find() -> None:
+                assert await m.find(absent) == -1
+
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
+                os.close(fd)
+                for _ in range(run.rounds):
+                    for row, work in (
+                        ("aiommap load", m.load),
+                        ("aiommap read_at", partial(m.read_at, 0, size)),
+                        ("aiommap write_at", partial(m.write_at, 0, bytes(size))),
+                        ("aiommap windows()", scan),
+                        ("aiommap find", find),
+                        ("to_thread(slice)", partial(to_thread.run_sync, bytes, pages)),
+                        ("to_thread(mmap.find)", partial(to_thread.run_sync, pages.find, absent)),
+                    ):
+                        file.evict()
+                        took, _ = await _timed(work)
+                        run.figures.note(BULK, row, run.loop, took * 1e3)
 
 
 async def _timed(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
@@ -402,6 +435,7 @@ SCENARIOS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "hot": hot,
     "cold": cold,
     "slow": slow,
+    "bulk": bulk,
     "scan": scan,
     "find": find,
     "cancel": cancel,

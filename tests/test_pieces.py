@@ -1,0 +1,279 @@
+"""Large ranges come in pieces: how large, and what is being read ahead of the one at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import to_thread
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiommap import AsyncMmap, _pager
+from aiommap._kernel import _linux
+from aiommap._piece_size import AHEAD, SLOW, PieceSize
+
+from .content import file_of
+from .fake_kernel import FakeKernel
+from .flushing import mapped_by
+from .paging import cold_kernel, held, holding
+from .rigs.slow_file import SlowFile, content
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+class TestPieceSize:
+    """The rules, without time and without reads."""
+
+    def test_twice_as_large_after_a_quick_one(self) -> None:
+        """To the largest, and not after one that was smaller than it might have been."""
+        size = PieceSize(100, 10, 300)
+        size.took(99, 0.0)
+        assert size.bytes == 100
+        size.took(100, 0.0)
+        assert size.bytes == 200
+        size.took(200, 0.0)
+        assert size.bytes == 300
+
+    def test_half_as_large_after_a_slow_one(self) -> None:
+        """To the smallest, whatever the size of the one that was slow."""
+        size = PieceSize(100, 30, 300)
+        size.took(1, SLOW * 1.01)
+        assert size.bytes == 50
+        size.took(1, SLOW * 1.01)
+        assert size.bytes == 30
+
+    def test_as_large_after_one_that_was_neither(self) -> None:
+        """Between a quarter of the slow time and the slow time nothing changes."""
+        size = PieceSize(100, 30, 300)
+        for seconds in (SLOW / AHEAD, SLOW / 2, SLOW):
+            size.took(100, seconds)
+            assert size.bytes == 100
+
+    @given(
+        offset=st.integers(0, 1000),
+        length=st.integers(0, 1000),
+        first=st.integers(1, 300),
+        backwards=st.booleans(),
+        seconds=st.lists(st.sampled_from([0.0, SLOW / 2, 2 * SLOW]), max_size=40),
+    )
+    def test_each_byte_once(
+        self, offset: int, length: int, first: int, backwards: bool, seconds: list[float]
+    ) -> None:
+        """Pieces cover the range in order; the reads of each, and of what the next three would be,
+        have been started when it is handed out, each byte's once."""
+        size = PieceSize(first, 1, 500)
+        end = offset + length
+        covered: list[int] = []
+        started: list[int] = []
+        took = iter(seconds)
+        for piece, (start, count) in size.pieces(offset, length, backwards=backwards):
+            assert 0 < len(piece) <= size.bytes
+            part = list(piece)
+            covered += reversed(part) if backwards else part
+            ahead = list(range(start, start + count))
+            started += reversed(ahead) if backwards else ahead
+            if backwards:
+                wanted = range(max(piece.stop - AHEAD * len(piece), offset), end)
+            else:
+                wanted = range(offset, min(piece.start + AHEAD * len(piece), end))
+            assert set(wanted) <= set(started)
+            size.took(len(piece), next(took, 0.0))
+        everything = list(range(offset, end))
+        assert covered == started == (everything[::-1] if backwards else everything)
+
+
+@pytest.mark.anyio
+class TestLoads:
+    async def test_pieces_grow_on_a_quick_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where pieces take no time each is twice as large as the one before, to 16 MiB."""
+        sizes = await _piece_sizes(tmp_path, monkeypatch, 128 * MIB, lambda size: 0.0)
+        assert sizes[0] == 256 << 10
+        for before, after in pairwise(sizes[:-1]):
+            assert after == min(2 * before, 16 * MIB)
+        assert max(sizes) == 16 * MIB
+
+    async def test_pieces_shrink_on_a_slow_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At 1 MiB a second pieces get smaller, and none takes a second, down to 64 KiB."""
+        sizes = await _piece_sizes(tmp_path, monkeypatch, 2 * MIB, lambda size: size / MIB)
+        assert sizes[:3] == [256 << 10, 128 << 10, 64 << 10]
+        assert set(sizes[3:]) == {64 << 10}
+
+    async def test_latency_alone_does_not_keep_them_small(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pieces ahead are under way: 60 ms for each four of them are no reason to be slow."""
+        sizes = await _piece_sizes(tmp_path, monkeypatch, 64 * MIB, lambda size: 0.06 / 4)
+        assert max(sizes) == 16 * MIB
+
+    async def test_the_next_pieces_are_under_way(self, tmp_path: Path) -> None:
+        """While a piece is waited for, the reads of the next three have been started, once."""
+        kernel = cold_kernel()
+        async with mapped_by(kernel).open_path(file_of(tmp_path, 16 * MIB)) as m:
+            await m.load(0, 8 * MIB)
+            base = m.ptr()
+        started = pieces = 0
+        for call in kernel.calls:
+            if call.name == "will_need_many":
+                for address, length in call.arguments[0]:
+                    assert address - base == started
+                    started += length
+            elif call.name == "populate_read":
+                address, length = call.arguments
+                assert started >= min(address - base + 4 * length, 8 * MIB)
+                pieces += 1
+        assert started == 8 * MIB
+        assert pieces > 4
+
+
+async def _piece_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, size: int, seconds: Callable[[int], float]
+) -> list[int]:
+    """How a load is cut on a disk that takes so many seconds for so many bytes."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(_pager, "time", clock)
+    kernel = cold_kernel()
+
+    def populate(real: Callable[..., None], address: int, length: int) -> None:
+        clock.now += seconds(length)  # and no page is touched, to save the time
+
+    kernel.wrap("populate_read", populate)
+    async with mapped_by(kernel).open_path(file_of(folder, size)) as m:
+        await m.load()
+    return [call.arguments[1] for call in kernel.calls if call.name == "populate_read"]
+
+
+@pytest.mark.anyio
+class TestSearches:
+    async def test_pieces_grow_where_they_are_quick(self, tmp_path: Path) -> None:
+        """Pieces of a search in memory are up to 32 MiB."""
+        sizes = await _searched(tmp_path, lambda length: 0.0)
+        assert sizes[0] == 4 * MIB
+        assert max(sizes) == 32 * MIB
+
+    async def test_pieces_shrink_where_they_are_slow(self, tmp_path: Path) -> None:
+        """At 8 MiB a second nobody else waits for a second, to say nothing of four."""
+        sizes = await _searched(tmp_path, lambda length: length / (8 * MIB))
+        assert sizes[0] == 4 * MIB
+        assert sizes[-2] <= MIB
+
+
+async def _searched(folder: Path, seconds: Callable[[int], float]) -> list[int]:
+    """The pieces of a search, where so many bytes take so many seconds."""
+    sizes: list[int] = []
+
+    class Search(_pager.Access[int]):
+        def perform(self) -> None:
+            sizes.append(self.length)
+            super().perform()
+            self.seconds = seconds(self.length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_pager, "Access", Search)
+        # Nothing is read, to save the time.
+        patch.setattr(_pager, "search", lambda *arguments, last: -1)
+        async with AsyncMmap.open_path(file_of(folder, 256 * MIB)) as m:
+            assert await m.find(b"x") == -1
+    return sizes
+
+
+@pytest.mark.fuse
+@pytest.mark.anyio
+class TestHighLatency:
+    """Storage that answers late and many at once: a network, a FUSE file system."""
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda m: m.load(),
+            lambda m: m.read_at(0, MIB),
+            lambda m: m.readinto_at(0, bytearray(MIB)),
+            lambda m: m.write_at(0, bytes(MIB)),
+            lambda m: m.move(MIB // 2, 0, MIB // 2),
+            lambda m: m.move(0, MIB // 2, MIB // 2),
+            lambda m: m.find(b"not there"),
+            lambda m: m.rfind(b"not there"),
+            lambda m: _all_windows(m),
+            lambda m: _a_view(m),
+        ],
+        ids=[
+            "load",
+            "read_at",
+            "readinto_at",
+            "write_at",
+            "move",
+            "move_back",
+            "find",
+            "rfind",
+            "windows",
+            "view",
+        ],
+    )
+    async def test_everything_is_asked_for_at_once(
+        self, make_slow_file: Callable[..., SlowFile], use: Callable[[AsyncMmap], Any]
+    ) -> None:
+        """The reads of a MiB wait for the disk at the same time, in requests of 128 KiB: the
+        kernel's own read-ahead, and a hint for all of it, would be one or two of them."""
+        file = make_slow_file(MIB, max_readahead=0)
+        async with AsyncMmap.open_path(file.path, "r+") as m:
+            file.evict()
+            file.statistics(reset=True)
+            async with holding(file), anyio.create_task_group() as tg:
+                tg.start_soon(use, m)
+                await held(file, 8)
+                await to_thread.run_sync(file.release, "read")
+            assert file.statistics().reads == 8
+
+    async def test_on_older_kernels(self, make_slow_file: Callable[..., SlowFile]) -> None:
+        """Without one call for all hints, there is a call for each."""
+        kernel = FakeKernel()
+        kernel.lack("process_madvise")
+        file = make_slow_file(MIB, max_readahead=0)
+        async with mapped_by(kernel).open_path(file.path) as m:
+            file.evict()
+            async with holding(file), anyio.create_task_group() as tg:
+                tg.start_soon(m.load)
+                await held(file, 8)
+                await to_thread.run_sync(file.release, "read")
+        assert len(kernel.names("will_need")) == 8
+
+    async def test_control_one_hint_for_all(
+        self, make_slow_file: Callable[..., SlowFile], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The kernel starts no more than 128 KiB on a hint, and the rest comes page by page."""
+        monkeypatch.setattr(_linux, "longest_hint", lambda fd: MIB)
+        file = make_slow_file(MIB, max_readahead=0)
+        async with AsyncMmap.open_path(file.path) as m:
+            file.evict()
+            file.statistics(reset=True)
+            await m.load()
+        assert file.statistics().most_reads_at_once < 8
+        assert file.statistics().reads > 100
+
+
+async def _all_windows(m: AsyncMmap) -> None:
+    position = 0
+    async for window in m.windows(256 * KIB):
+        assert bytes(window[:16]) == content(position, 16)
+        position += len(window)
+
+
+async def _a_view(m: AsyncMmap) -> None:
+    async with m.view() as v:
+        assert bytes(v[:16]) == content(0, 16)
