@@ -290,17 +290,25 @@ class Pager:
         self._crew.submit(request)
         return request
 
-    @property
-    def searched(self) -> int:
-        """Bytes that are best searched with one call."""
-        return self._searched.bytes
+    def pieces_to_search(
+        self, offset: int, length: int, *, least: int, last: bool
+    ) -> Iterator[tuple[range, Range]]:
+        """The pieces of a search, see :meth:`PieceSize.pieces`; from the end on for the last."""
+        return self._searched.pieces(offset, length, backwards=last, least=least)
 
     def search_soon(
-        self, mapping: Mapping, offset: int, length: int, needle: bytes, *, last: bool
+        self,
+        mapping: Mapping,
+        offset: int,
+        length: int,
+        needle: bytes,
+        ahead: Range,
+        *,
+        last: bool,
     ) -> Access[int]:
         """Begin a search: where the needle first, or last, is in the range, from it; or -1."""
         call = partial(search, mapping, offset, length, needle, last=last)
-        request = Access(mapping, offset, length, call, ((offset, length),))
+        request = Access(mapping, offset, length, call, (ahead,))
         self._crew.submit(request)
         return request
 

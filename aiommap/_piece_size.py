@@ -44,18 +44,19 @@ class PieceSize:
             self.bytes = min(self.bytes * 2, self._largest)
 
     def pieces(
-        self, offset: int, length: int, *, backwards: bool = False
+        self, offset: int, length: int, *, backwards: bool = False, least: int = 1
     ) -> Iterator[tuple[range, Range]]:
         """
         A range in consecutive pieces, each as large as it may be by then.
 
+        :param least: bytes of a piece, whatever the size may be; the last one may have fewer
         :return: pairs of a piece, and of what to start reading before it is waited for, as offset
             and length: each byte once, :data:`AHEAD` pieces from the beginning of this one
         """
         stop = offset + length
         begun = stop if backwards else offset  # so far, reads were started
         while offset < stop:
-            count = min(self.bytes, stop - offset)
+            count = min(max(self.bytes, least), stop - offset)
             if backwards:
                 until = max(stop - AHEAD * count, offset)
                 yield range(stop - count, stop), (min(until, begun), max(begun - until, 0))

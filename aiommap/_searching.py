@@ -9,7 +9,7 @@ from typing import SupportsIndex
 from anyio import WouldBlock
 
 from . import _buffers
-from ._errors import DeadlockError
+from ._errors import DeadlockError, Range
 from ._mapped_memory import INLINE
 from ._open_map import OpenMap
 from ._pager import THREADS, Access
@@ -48,30 +48,32 @@ class _Search:
     """
     Pieces in order, each held shared while it is searched.
 
-    Pieces overlap by all but one byte of the needle, so that no place is missed and none is
-    looked at twice. It never waits for a piece of the map while it holds another one, so it
-    cannot be part of a deadlock.
+    A piece is of places where the needle may begin, and what is searched are all bytes of a needle
+    that begins there: no place is missed and none is looked at twice. It never waits for a piece of
+    the map while it holds another one, so it cannot be part of a deadlock.
     """
 
     def __init__(self, core: OpenMap, needle: bytes, first: int, stop: int, last: bool) -> None:
         self._core = core
         self._needle = needle
-        self._first = first
-        self._stop = stop
         self._last = last
+        self._overlap = len(needle) - 1
+        self._pieces = core.pager.pieces_to_search(
+            first, stop - first - self._overlap, least=len(needle), last=last
+        )
         self._under_way: deque[tuple[int, Claim, Access[int]]] = deque()
 
     async def run(self) -> int:
         try:
-            while (piece := self._next()) or self._under_way:
-                if piece and not self._under_way:
-                    start, stop = piece
-                    self._begin(start, await self._core.lock.acquire(start, stop, False))
-                elif not piece or not self._begin_if_free(*piece):
-                    found = await self._take_first()
-                    if found >= 0:
-                        self._leave(None)
-                        return found
+            piece = next(self._pieces, None)
+            while piece is not None or self._under_way:
+                if piece is not None and await self._begin(*piece):
+                    piece = next(self._pieces, None)
+                    continue
+                found = await self._take_first()
+                if found >= 0:
+                    self._leave(None)
+                    return found
             return -1
         except BaseException as error:
             self._leave(type(error))
@@ -83,38 +85,38 @@ class _Search:
             self._core.pager.abandon(request)
             self._core.lock.leave(claim, reason)
 
-    def _next(self) -> tuple[int, int] | None:
-        rest = self._stop - self._first
-        if rest < len(self._needle) or len(self._under_way) == _AT_ONCE:
-            return None
-        searched = self._core.pager.searched
-        count = min(max(searched, len(self._needle)) + len(self._needle) - 1, rest)
-        start = self._stop - count if self._last else self._first
-        return start, start + count
-
-    def _begin_if_free(self, start: int, stop: int) -> bool:
-        try:
-            claim = self._core.lock.acquire_nowait(start, stop, False)
-        except (WouldBlock, DeadlockError):
-            return False  # once nothing else is held, it waits for it, or raises
-        self._begin(start, claim)
-        return True
-
-    def _begin(self, start: int, claim: Claim) -> None:
+    async def _begin(self, places: range, ahead: Range) -> bool:
+        """Begin with a piece, unless others are under way and have to be waited for first."""
         core = self._core
-        count = claim.stop - start
+        start = places.start
+        stop = places.stop + self._overlap
+        if not self._under_way:
+            claim = await core.lock.acquire(start, stop, False)
+        elif len(self._under_way) == _AT_ONCE:
+            return False
+        else:
+            try:
+                claim = core.lock.acquire_nowait(start, stop, False)
+            except (WouldBlock, DeadlockError):
+                return False  # once nothing else is held, it waits for it, or raises
         try:
-            mapping = core.still_inside(start, count)
-            request = core.pager.search_soon(mapping, start, count, self._needle, last=self._last)
+            mapping = core.still_inside(start, stop - start)
+            offset, length = ahead
+            # Not behind the end of a map that was made smaller between two pieces.
+            length = min(length + self._overlap, mapping.length - offset) if length else 0
+            request = core.pager.search_soon(
+                mapping,
+                start,
+                stop - start,
+                self._needle,
+                (offset, max(length, 0)),
+                last=self._last,
+            )
         except BaseException:
             core.lock.release(claim)
             raise
         self._under_way.append((start, claim, request))
-        overlap = len(self._needle) - 1
-        if self._last:
-            self._stop = start + overlap
-        else:
-            self._first = start + count - overlap
+        return True
 
     async def _take_first(self) -> int:
         start, claim, request = self._under_way[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aiommap import AsyncMmap, DeadlockError, TruncatedError, _byte_search, _pager
+from aiommap._mapping import Mapping
 
 from .content import file_of, inc
 from .fake_kernel import FakeKernel
@@ -136,6 +139,40 @@ async def test_a_search_waits_for_the_writer_of_a_piece(m: AsyncMmap) -> None:
     assert found == [N - 100]
     async with m.view_mut_nowait():
         pass
+
+
+async def test_the_map_is_made_smaller_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two pieces: the rest is not there any more, and nothing behind it is asked for."""
+    piece = 512 << 10
+    asked: list[tuple[int, int, int]] = []
+    search_soon = _pager.Pager.search_soon
+
+    def noting(
+        self: _pager.Pager, mapping: Mapping, start: int, *rest: Any, **options: Any
+    ) -> object:
+        offset, length = rest[2]
+        asked.append((mapping.length, start, offset + length if length else 0))
+        return search_soon(self, mapping, start, *rest, **options)
+
+    monkeypatch.setattr(_pager.Pager, "search_soon", noting)
+    async with AsyncMmap.open_path(file_of(tmp_path, 8 * piece), "r+") as m:
+        held = await m.view_mut(2 * piece, 1)
+
+        async def search() -> None:
+            with pytest.raises(ValueError, match="not inside the map any more"):
+                await m.find(b"it is not there")
+
+        async with anyio.create_task_group() as tg:
+            for waiting, task in enumerate((search, partial(m.resize, 9 * piece // 2)), 1):
+                tg.start_soon(task)
+                while m.statistics().waiting < waiting:
+                    await anyio.lowlevel.checkpoint()
+            await held.aclose()
+    assert any(size == 8 * piece and read > 9 * piece // 2 for size, _, read in asked)
+    assert any(size == 9 * piece // 2 and start for size, start, _ in asked)
+    assert all(read <= size for size, _, read in asked)
 
 
 async def test_search_in_a_truncated_file(tmp_path: Path) -> None:

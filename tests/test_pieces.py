@@ -48,6 +48,11 @@ class TestPieceSize:
         size.took(1, SLOW * 1.01)
         assert size.bytes == 30
 
+    def test_not_smaller_than_they_may_be(self) -> None:
+        """A search for a long needle, which is read again for each piece."""
+        size = PieceSize(10, 1, 100)
+        assert [len(piece) for piece, _ in size.pieces(0, 95, least=40)] == [40, 40, 15]
+
     def test_as_large_after_one_that_was_neither(self) -> None:
         """Between a quarter of the slow time and the slow time nothing changes."""
         size = PieceSize(100, 30, 300)
@@ -239,6 +244,20 @@ class TestHighLatency:
                 await held(file, 8)
                 await to_thread.run_sync(file.release, "read")
             assert file.statistics().reads == 8
+
+    @pytest.mark.parametrize("last", [False, True])
+    async def test_a_search_reads_ahead_of_its_pieces(
+        self, make_slow_file: Callable[..., SlowFile], monkeypatch: pytest.MonkeyPatch, last: bool
+    ) -> None:
+        """Three pieces of 128 KiB are searched, and three more being read."""
+        monkeypatch.setattr(_pager, "FIRST_SEARCHED", 128 * KIB)
+        file = make_slow_file(2 * MIB, max_readahead=0)
+        async with AsyncMmap.open_path(file.path) as m:
+            file.evict()
+            async with holding(file), anyio.create_task_group() as tg:
+                tg.start_soon(m.rfind if last else m.find, b"x")
+                await held(file, 6)
+                tg.cancel_scope.cancel()
 
     async def test_on_older_kernels(self, make_slow_file: Callable[..., SlowFile]) -> None:
         """Without one call for all hints, there is a call for each."""
