@@ -80,15 +80,20 @@ class MmapStatistics:
 
 
 class _Gone:
-    """What stands where the mapping was. No check of its own is on the path of an access."""
+    """
+    What stands where the mapping was: what it was can be read off it, and no more. No check of
+    its own is on the path of an access.
+    """
 
-    __slots__ = ()
+    __slots__ = ("offset", "private", "protection")
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.offset = mapping.offset
+        self.private = mapping.private
+        self.protection = mapping.protection
 
     def __getattr__(self, name: str) -> NoReturn:
         raise ClosedResourceError("the map is closed")
-
-
-_GONE: Any = _Gone()
 
 
 class OpenMap:
@@ -146,7 +151,7 @@ class OpenMap:
     @property
     def is_mapped(self) -> bool:
         """Whether the mapping is still there."""
-        return self.mapping is not _GONE
+        return not isinstance(self.mapping, _Gone)
 
     def check_loop(self) -> None:
         """:raises RuntimeError: when the caller is not in the map's own event loop"""
@@ -491,7 +496,8 @@ class OpenMap:
         """In a list, so that a worker can drop the last reference: that unmaps, and may wait."""
         if not self.closed or self.in_use or self._ending or not self.is_mapped:
             return []
-        mapping, self.mapping = self.mapping, _GONE
+        mapping = self.mapping
+        self.mapping = _Gone(mapping)  # type: ignore[assignment]
         if self.loop.is_running_here():
             self.pager.close()
             self.flusher.close()

@@ -112,12 +112,23 @@ class RegionView(Uncopyable):
 
         Plain memory, and so are arrays and slices over it: nobody checks who touches it, and
         touching bytes that another process truncates away is SIGBUS. It is released when the
-        view closes.
+        view closes, or by the caller (``with v.buffer as memory:``): then the view has another.
 
         :raises ClosedResourceError: the view is closed
         :raises BusyResourceError: the view belongs to another task
         """
         self._use()
+        return self._memory()
+
+    def _memory(self) -> memoryview:
+        """The buffer, or another one if the user has released it: it may be entered, too."""
+        try:
+            self._buffer.nbytes  # noqa: B018
+        except ValueError:
+            strays = _buffers.release(self._buffer)
+            if strays:  # what was made from it still counts
+                self._strays = [*self._strays, *strays]
+            self._make_buffer()
         return self._buffer
 
     @overload
@@ -127,9 +138,10 @@ class RegionView(Uncopyable):
     def __getitem__(self, key: SupportsIndex | slice) -> int | bytes:
         """An int for an index, a copy for a slice; indices as in :class:`mmap.mmap`."""
         self._use()
+        buffer = self._memory()
         if isinstance(key, slice):
-            return bytes(self._buffer[key])
-        return self._buffer[key]
+            return bytes(buffer[key])
+        return buffer[key]
 
     @overload
     def __setitem__(self, key: SupportsIndex, value: SupportsIndex) -> None: ...
@@ -143,12 +155,13 @@ class RegionView(Uncopyable):
         :raises ValueError: the sizes differ
         """
         self._use()
+        buffer = self._memory()
         if isinstance(key, slice):
-            if self._buffer.readonly:
+            if buffer.readonly:
                 raise TypeError("cannot modify read-only memory")
-            self._buffer[key] = _buffers.readable(value, "value")  # type: ignore[arg-type]
+            buffer[key] = _buffers.readable(value, "value")  # type: ignore[arg-type]
         else:
-            self._buffer[key] = value  # type: ignore[call-overload]
+            buffer[key] = value  # type: ignore[call-overload]
 
     if not TYPE_CHECKING:  # there it is an error as it is
 
@@ -161,20 +174,25 @@ class RegionView(Uncopyable):
     def __bytes__(self) -> bytes:
         """A copy of the region."""
         self._use()
-        return bytes(self._buffer)
+        return bytes(self._memory())
 
     def __buffer__(self, flags: int) -> memoryview:
         """``memoryview(view)``, from Python 3.12."""
         self._use()
-        return self._buffer[:]
+        return self._memory()[:]
 
     def as_slice(self) -> memoryview:
         """The bytes without a copy, read-only. See :attr:`buffer`."""
         self._use()
+        buffer = self._memory()
         if not self._writable:
-            return self._buffer
-        if self._read_only is None:
-            self._read_only = self._buffer.toreadonly()
+            return buffer
+        try:
+            if self._read_only is not None and self._read_only.nbytes:
+                return self._read_only
+        except ValueError:  # as in _memory(); it shares its origin with the buffer
+            pass
+        self._read_only = buffer.toreadonly()
         return self._read_only
 
     def as_mut_slice(self) -> memoryview:
@@ -185,7 +203,7 @@ class RegionView(Uncopyable):
         """
         self._use()
         self._check_writable()
-        return self._buffer
+        return self._memory()
 
     def ptr(self) -> int:
         """The address of the first byte, valid while the view is open."""

@@ -581,8 +581,10 @@ async def test_closing_again(m: AsyncMmap) -> None:
 
 async def test_after_close(tmp_path: Path) -> None:
     """A closed map refuses what needs its bytes; what it was can still be read off it."""
-    async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+") as m:
-        pass
+    async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+", offset=3) as m:
+        await m.read_at(0, 1)
+    assert (m.offset, m.protection, m.private) == (3, Protection.READ_WRITE, False)
+    assert m.statistics().loads_inline + m.statistics().loads_off_loop == 1
     for call in (
         m.ptr,
         m.mut_ptr,

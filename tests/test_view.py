@@ -254,6 +254,51 @@ async def test_as_slice_and_as_mut_slice(m: AsyncMmap) -> None:
             view[0]
 
 
+MEMORY: dict[str, Callable[[MmapView], memoryview]] = {
+    "buffer": lambda v: v.buffer,
+    "as_slice": lambda v: v.as_slice(),
+    "as_mut_slice": lambda v: v.as_mut_slice(),
+}
+
+
+@pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
+async def test_its_memory_may_be_released_by_the_user(
+    m: AsyncMmap, memory: Callable[[MmapView], memoryview]
+) -> None:
+    """``with v.buffer as memory:``: the view gives out another one, and is used as before."""
+    async with m.view_mut(0, 10) as v:
+        other = v.as_slice()
+        for value in range(3):
+            with memory(v) as given:
+                assert given[1] == 1
+            v[0] = value
+            assert (v[0], v[0:2], bytes(v[1:])) == (value, bytes([value, 1]), inc(10)[1:])
+            assert v.buffer[0] == v.as_slice()[0] == v.as_mut_slice()[0] == value
+        if memory is not MEMORY["as_slice"]:
+            assert other[0] == 2
+        with memory(v):
+            pass
+        left, right = v.split_at(5)
+        async with left, right:
+            assert right[0] == 5
+    with pytest.raises(ValueError, match="released"):
+        other[0]
+
+
+@pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
+async def test_what_is_left_of_memory_that_the_user_released(
+    m: AsyncMmap, memory: Callable[[MmapView], memoryview]
+) -> None:
+    """Slices of it count as derived from the view's buffer."""
+    v = await m.view_mut(0, 10)
+    with memory(v) as given:
+        kept = given[2:]
+    assert v[2] == v.as_slice()[2] == 2
+    with pytest.raises(BufferError, match="alive"):
+        await v.aclose()
+    assert kept[0] == 2
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="__buffer__ is new in Python 3.12")
 async def test_buffer_protocol(m: AsyncMmap) -> None:
     """From 3.12, memoryview(v) is a buffer of the region, and counts as derived from it."""
