@@ -209,8 +209,8 @@ class MmapView(View):
 
     It belongs to the task that took it, or, should that end without having closed it
     (``asyncio.gather()`` puts one around), to the next one that uses it; the halves of
-    :meth:`split_at` belong to the first task that enters or uses them. The memory itself (:attr:`buffer`) is not guarded: who hands
-    it on has to see to that.
+    :meth:`split_at` belong to the first task that enters or uses them. The memory itself
+    (:attr:`buffer`) is not guarded: who hands it on has to see to that.
     """
 
     __slots__ = ()
