@@ -18,7 +18,7 @@ Rules
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -292,7 +292,7 @@ class Pager:
 
     def pieces_to_search(
         self, offset: int, length: int, *, least: int, last: bool
-    ) -> Iterator[tuple[range, Range]]:
+    ) -> Generator[tuple[range, Range], None, None]:
         """The pieces of a search, see :meth:`PieceSize.pieces`; from the end on for the last."""
         return self._searched.pieces(offset, length, backwards=last, least=least)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from ._errors import Range
 
@@ -21,20 +21,24 @@ class PieceSize:
     """
     The size of a piece: doubled after one that was quick, halved after one that was slow.
 
-    :ivar bytes: of the next piece
+    Those who go through ranges at the same time share what is read ahead: :data:`AHEAD` of the
+    largest pieces for all of them.
+
+    :ivar bytes: of the next piece, for one alone
     :param first: bytes of the first piece
     :param smallest: bytes of a piece at least
     :param largest: bytes of a piece at most
     :param quick: seconds for a piece below which the next one may be larger
     """
 
-    __slots__ = ("_largest", "_quick", "_smallest", "bytes")
+    __slots__ = ("_largest", "_quick", "_sharing", "_smallest", "bytes")
 
     def __init__(self, first: int, smallest: int, largest: int, *, quick: float = SLOW / AHEAD):
         self.bytes: int = first
         self._smallest = smallest
         self._largest = largest
         self._quick = quick
+        self._sharing = 0
 
     def took(self, length: int, seconds: float) -> None:
         """A piece of ``length`` bytes took so long."""
@@ -45,7 +49,7 @@ class PieceSize:
 
     def pieces(
         self, offset: int, length: int, *, backwards: bool = False, least: int = 1
-    ) -> Iterator[tuple[range, Range]]:
+    ) -> Generator[tuple[range, Range], None, None]:
         """
         A range in consecutive pieces, each as large as it may be by then.
 
@@ -55,15 +59,20 @@ class PieceSize:
         """
         stop = offset + length
         begun = stop if backwards else offset  # so far, reads were started
-        while offset < stop:
-            count = min(max(self.bytes, least), stop - offset)
-            if backwards:
-                until = max(stop - AHEAD * count, offset)
-                yield range(stop - count, stop), (min(until, begun), max(begun - until, 0))
-                begun = min(begun, until)
-                stop -= count
-            else:
-                until = min(offset + AHEAD * count, stop)
-                yield range(offset, offset + count), (begun, max(until - begun, 0))
-                begun = max(begun, until)
-                offset += count
+        self._sharing += 1
+        try:
+            while offset < stop:
+                share = max(self._largest // self._sharing, self._smallest)
+                count = min(max(min(self.bytes, share), least), stop - offset)
+                if backwards:
+                    until = max(stop - AHEAD * count, offset)
+                    yield range(stop - count, stop), (min(until, begun), max(begun - until, 0))
+                    begun = min(begun, until)
+                    stop -= count
+                else:
+                    until = min(offset + AHEAD * count, stop)
+                    yield range(offset, offset + count), (begun, max(until - begun, 0))
+                    begun = max(begun, until)
+                    offset += count
+        finally:
+            self._sharing -= 1

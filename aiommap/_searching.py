@@ -80,6 +80,7 @@ class _Search:
             raise
 
     def _leave(self, reason: type[BaseException] | None) -> None:
+        self._pieces.close()  # now, whoever keeps the error, and with it this object
         while self._under_way:
             _, claim, request = self._under_way.pop()
             self._core.pager.abandon(request)

@@ -48,6 +48,22 @@ class TestPieceSize:
         size.took(1, SLOW * 1.01)
         assert size.bytes == 30
 
+    def test_many_at_a_time_read_no_more_ahead_than_one(self) -> None:
+        """What is being read for all of them is four of the largest pieces, whoever leaves how."""
+        size = PieceSize(160, 10, 160)
+        others = [size.pieces(0, 10_000) for _ in range(7)]
+        for each in others:
+            next(each)
+        whole = size.pieces(0, 10_000)
+        assert next(whole) == (range(20), (0, 4 * 20))
+        for each in others[:4]:
+            each.close()
+        assert next(whole) == (range(20, 60), (80, 100))
+        del others, each
+        assert next(whole) == (range(60, 220), (180, 520))
+        many = [size.pieces(0, 10_000) for _ in range(100)]
+        assert all(len(next(each)[0]) >= 10 for each in many)
+
     def test_not_smaller_than_they_may_be(self) -> None:
         """A search for a long needle, which is read again for each piece."""
         size = PieceSize(10, 1, 100)
