@@ -126,7 +126,7 @@ class Load(Access[None]):
         self.mapping = mapping
         self.offset = offset
         self.length = length
-        self.ahead = ((offset, length),)
+        self.ahead: Sequence[Range] = ((offset, length),)
         self.result: None = None  # also where it failed: it may be waited for again
         self.finished: float = 0.0
         self.write: bool = write

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +163,11 @@ async def test_the_map_is_made_smaller_meanwhile(
             with pytest.raises(ValueError, match="not inside the map any more"):
                 await m.find(b"it is not there")
 
+        async def shrink() -> None:
+            await m.resize(9 * piece // 2)
+
         async with anyio.create_task_group() as tg:
-            for waiting, task in enumerate((search, partial(m.resize, 9 * piece // 2)), 1):
+            for waiting, task in enumerate((search, shrink), 1):
                 tg.start_soon(task)
                 while m.statistics().waiting < waiting:
                     await anyio.lowlevel.checkpoint()
