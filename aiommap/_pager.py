@@ -44,14 +44,25 @@ Of one map, that wait for the disk: one page that does not come leaves the other
 thread starts the reads of those who come meanwhile. More only take the GIL from each other.
 """
 
+AT_ONCE = THREADS + 1
+"""Pieces of one stream under way: two are being done, and one is next while a result is handed
+back."""
+
 BATCH = 64
 """Reads started ahead: above the depth that disks answer in parallel, 32 on common ones."""
 
-SMALLEST_PIECE = 64 << 10
+SMALL = 64 << 10
+"""Bytes of what needs no pieces, and may be done together with others."""
+
+SMALLEST_PIECE = 128 << 10
+"""Bytes: one request, of storage that has its own idea of one (network, FUSE)."""
+
 FIRST_PIECE = 256 << 10
 LARGEST_PIECE = 16 << 20
 
-FIRST_SEARCHED = 4 << 20
+FIRST_STREAMED = 1 << 20
+"""Bytes at first of who goes through a range for long, a few pieces at a time, each with a hop."""
+
 MOST_SEARCHED = 32 << 20
 """
 Bytes that are searched at once: in memory up to 10 ms, and then others get their turn. Pieces of
@@ -63,10 +74,22 @@ class Access(Request, Generic[T]):
     """
     One use of a range of a mapping, in a worker.
 
-    :ivar ahead: ranges to start reading before: by who has it to do, or an announcer
+    :ivar ahead: ranges to start reading before
+    :ivar seconds: how long it took, from the start of those reads on
+    :ivar starting: how long the start of those reads took of it
     """
 
-    __slots__ = ("_call", "ahead", "length", "mapping", "offset", "result", "seconds", "together")
+    __slots__ = (
+        "_call",
+        "ahead",
+        "length",
+        "mapping",
+        "offset",
+        "result",
+        "seconds",
+        "starting",
+        "together",
+    )
 
     result: T
 
@@ -84,22 +107,29 @@ class Access(Request, Generic[T]):
         self.length: int = length
         self.ahead: Sequence[Range] = ahead
         self.seconds: float = 0.0
-        self.together: bool = length <= SMALLEST_PIECE
+        self.starting: float = 0.0
+        self.together: bool = length <= SMALL
         self._call: Callable[[], T] | None = call
 
     def forget(self) -> None:
         self.mapping = self._call = None
 
+    def start_ahead(self) -> None:
+        """Start reading what is to be read ahead."""
+        if self.ahead and self.mapping is not None:
+            began = time.monotonic()
+            self.mapping.will_load(self.ahead)
+            self.starting = time.monotonic() - began
+
     def perform(self) -> None:
         call, self._call = self._call, None
         assert call is not None
-        began = time.monotonic()
         try:
-            if self.ahead and self.mapping is not None:
-                self.mapping.will_load(self.ahead)
+            self.start_ahead()
+            began = time.monotonic()
             self.result = call()
+            self.seconds = self.starting + time.monotonic() - began
         finally:
-            self.seconds = time.monotonic() - began
             # Should this be the last reference, the unmapping belongs into this thread.
             del call
             self.mapping = None
@@ -117,7 +147,7 @@ class Load(Access[None]):
 
     def __init__(self, mapping: Mapping, offset: int, length: int, write: bool = False) -> None:
         # As the classes above do it, without their calls: it is on the path of every cold view.
-        self.together: bool = length <= SMALLEST_PIECE
+        self.together: bool = length <= SMALL
         self.done: bool = False
         self.error: BaseException | None = None
         self.parking: Parking | None = None
@@ -128,6 +158,7 @@ class Load(Access[None]):
         self.length = length
         self.ahead: Sequence[Range] = ((offset, length),)
         self.result: None = None  # also where it failed: it may be waited for again
+        self.seconds = self.starting = 0.0
         self.finished: float = 0.0
         self.write: bool = write
 
@@ -135,11 +166,14 @@ class Load(Access[None]):
         assert self.mapping is not None
         try:
             # A look of the loop at a few pages, where it is allowed, has started to read them;
-            # and what many pages do by themselves is quicker where it is enough.
-            if self.ahead and (self.write or not (self.together or self.mapping.reads_far)):
-                self.mapping.will_load(self.ahead)
+            # where not, to touch them reads ahead of who reads one after another. And what many
+            # pages do by themselves is quicker where it is enough.
+            if self.write or not (self.together or self.mapping.reads_far):
+                self.start_ahead()
+            began = time.monotonic()
             self.mapping.load(self.offset, self.length, write=self.write)
             self.finished = time.monotonic()
+            self.seconds = self.starting + self.finished - began
         finally:
             self.mapping = None
 
@@ -179,10 +213,12 @@ class _PagingCrew(StreamCrew[Access[Any]]):
     """A crew that knows what page-ins have in common: one call for many of them."""
 
     def announce(self, requests: Sequence[Access[Any]]) -> None:
-        for mapping, group in _by_mapping(requests):
-            mapping.will_load([ahead for each in group for ahead in each.ahead])
-            for each in group:
-                each.ahead = ()
+        # Large ones last: they may wait for a place in the storage's queue. What they have read
+        # farther ahead, and whether that waits, is for who does them.
+        for together in (True, False):
+            some = [each for each in requests if each.ahead and each.together is together]
+            for mapping, group in _by_mapping(some):
+                mapping.will_load([(each.offset, each.length) for each in group])
 
     def perform_some(self, requests: Sequence[Access[Any]]) -> None:
         began = time.monotonic()
@@ -238,7 +274,8 @@ class Pager:
     def __init__(self, loop: EventLoop, limiter: CapacityLimiter) -> None:
         self._crew = _PagingCrew(loop, limiter, threads=THREADS, batch=BATCH, announcer=True)
         self._piece = PieceSize(FIRST_PIECE, SMALLEST_PIECE, LARGEST_PIECE)
-        self._searched = PieceSize(FIRST_SEARCHED, SMALLEST_PIECE, MOST_SEARCHED)
+        self._streamed = PieceSize(FIRST_STREAMED, SMALLEST_PIECE, LARGEST_PIECE)
+        self._searched = PieceSize(FIRST_STREAMED, SMALLEST_PIECE, MOST_SEARCHED)
         self.loads: int = 0
         self.bytes_loaded: int = 0
 
@@ -258,7 +295,7 @@ class Pager:
     ) -> T:
         request = Access(mapping, offset, length, call, ahead)
         await self._crew.do(request, stay=stay)
-        self._piece.took(request.length, request.seconds)
+        self._piece.took(request.length, request.seconds, request.starting)
         return request.result
 
     def _count(self, length: int) -> None:
@@ -275,7 +312,7 @@ class Pager:
         :raises OSError: see :meth:`Mapping.load`
         """
         self._count(length)
-        if length <= SMALLEST_PIECE:
+        if length <= SMALL:
             await self._crew.do(Load(mapping, offset, length, write))
             return
         with _asked_for(offset, length):
@@ -283,12 +320,26 @@ class Pager:
                 call = partial(mapping.load, piece.start, len(piece), write=write)
                 await self._do(mapping, piece.start, len(piece), call, (ahead,))
 
-    def load_soon(self, mapping: Mapping, offset: int, length: int) -> Load:
-        """Begin to load a range of moderate size; :meth:`wait` for it, or :meth:`abandon` it."""
+    def pieces_to_stream(
+        self, offset: int, length: int
+    ) -> Generator[tuple[range, Range], None, None]:
+        """The pieces for :meth:`load_soon`, see :meth:`PieceSize.pieces`."""
+        return self._streamed.pieces(offset, length)
+
+    def load_soon(self, mapping: Mapping, offset: int, length: int, ahead: Range) -> Load:
+        """Begin to load a piece; :meth:`loaded` waits for it, or :meth:`abandon` it."""
         self._count(length)
         request = Load(mapping, offset, length)
+        request.ahead = (_inside(mapping, ahead),)
+        request.together = False  # it is to be known how long it took
         self._crew.submit(request)
         return request
+
+    @forgetful
+    async def loaded(self, load: Load) -> None:
+        """Wait for a load. :raises OSError: see :meth:`Mapping.load`"""
+        await self._crew.wait(load)
+        self._streamed.took(load.length, load.seconds, load.starting)
 
     def pieces_to_search(
         self, offset: int, length: int, *, least: int, last: bool
@@ -308,7 +359,7 @@ class Pager:
     ) -> Access[int]:
         """Begin a search: where the needle first, or last, is in the range, from it; or -1."""
         call = partial(search, mapping, offset, length, needle, last=last)
-        request = Access(mapping, offset, length, call, (ahead,))
+        request = Access(mapping, offset, length, call, (_inside(mapping, ahead),))
         self._crew.submit(request)
         return request
 
@@ -316,13 +367,8 @@ class Pager:
     async def found(self, request: Access[int]) -> int:
         """Wait for a search. :raises OSError: see :meth:`Mapping.read_into`"""
         await self._crew.wait(request)
-        self._searched.took(request.length, request.seconds)
+        self._searched.took(request.length, request.seconds, request.starting)
         return request.result
-
-    @forgetful
-    async def wait(self, load: Load) -> None:
-        """Wait for a load. :raises OSError: see :meth:`Mapping.load`"""
-        await self._crew.wait(load)
 
     def abandon(self, request: Access[Any]) -> None:
         """Nobody will wait for it."""
@@ -332,7 +378,7 @@ class Pager:
     async def read(self, mapping: Mapping, offset: int, length: int) -> bytes:
         """The range as bytes, all of it. :raises OSError: see :meth:`Mapping.read_into`"""
         self._count(length)
-        if length <= SMALLEST_PIECE:
+        if length <= SMALL:
             if mapping.pages_are_files:
                 # Loaded together with others, and copied here: fewer calls than to copy in the
                 # worker.
@@ -365,7 +411,7 @@ class Pager:
     async def write(self, mapping: Mapping, offset: int, data: memoryview) -> None:
         """Store the caller's bytes. :raises OSError: see :meth:`Mapping.write`"""
         self._count(len(data))
-        if len(data) <= SMALLEST_PIECE:
+        if len(data) <= SMALL:
             await self._crew.do(Store(mapping, offset, data), stay=True)
             return
         # The first piece must not change anything if the last one cannot be written for a
@@ -393,6 +439,12 @@ class Pager:
             call = partial(_move, mapping, piece.start + away, piece.start, len(piece))
             ahead = (start, count), (start + away, count)
             await self._do(mapping, piece.start, len(piece), call, ahead, stay=True)
+
+
+def _inside(mapping: Mapping, ahead: Range) -> Range:
+    """What of a range is not behind the end of a map that was made smaller meanwhile."""
+    offset, length = ahead
+    return offset, max(min(length, mapping.length - offset), 0)
 
 
 @contextmanager

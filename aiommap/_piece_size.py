@@ -31,21 +31,36 @@ class PieceSize:
     :param quick: seconds for a piece below which the next one may be larger
     """
 
-    __slots__ = ("_largest", "_quick", "_sharing", "_smallest", "bytes")
+    __slots__ = ("_largest", "_quick", "_seen", "_smallest", "_users", "_wanted", "bytes")
 
     def __init__(self, first: int, smallest: int, largest: int, *, quick: float = SLOW / AHEAD):
         self.bytes: int = first
         self._smallest = smallest
         self._largest = largest
         self._quick = quick
-        self._sharing = 0
+        self._wanted = 1  # so many quick ones in a row, before the next one is larger
+        self._seen = 0
+        self._users: set[object] = set()  # which a generator may leave in any thread
 
-    def took(self, length: int, seconds: float) -> None:
-        """A piece of ``length`` bytes took so long."""
-        if seconds > SLOW:
+    def took(self, length: int, seconds: float, starting: float = 0.0) -> None:
+        """
+        A piece of ``length`` bytes took so long. Those begun at another size tell little.
+
+        :param starting: seconds of it to start the reads ahead. That waits only where the queue
+            of the storage is full: then one piece waits, and the next ones are quick for it.
+        """
+        if starting > self._quick:
+            self._wanted = AHEAD
+        if seconds > SLOW and length <= self.bytes:
             self.bytes = max(self.bytes // 2, self._smallest)
+            self._seen = 0
         elif seconds < self._quick and length >= self.bytes:
-            self.bytes = min(self.bytes * 2, self._largest)
+            self._seen += 1
+            if self._seen >= self._wanted:
+                self.bytes = min(self.bytes * 2, self._largest)
+                self._seen = 0
+        else:
+            self._seen = 0
 
     def pieces(
         self, offset: int, length: int, *, backwards: bool = False, least: int = 1
@@ -59,10 +74,11 @@ class PieceSize:
         """
         stop = offset + length
         begun = stop if backwards else offset  # so far, reads were started
-        self._sharing += 1
+        user = object()
+        self._users.add(user)
         try:
             while offset < stop:
-                share = max(self._largest // self._sharing, self._smallest)
+                share = max(self._largest // len(self._users), self._smallest)
                 count = min(max(min(self.bytes, share), least), stop - offset)
                 if backwards:
                     until = max(stop - AHEAD * count, offset)
@@ -75,4 +91,4 @@ class PieceSize:
                     begun = max(begun, until)
                     offset += count
         finally:
-            self._sharing -= 1
+            self._users.discard(user)

@@ -12,13 +12,10 @@ from . import _buffers
 from ._errors import DeadlockError, Range
 from ._mapped_memory import INLINE
 from ._open_map import OpenMap
-from ._pager import THREADS, Access
+from ._pager import AT_ONCE, Access
 from ._ranges import as_int
 from ._typing import Buffer
 from ._wait_graph import Claim
-
-_AT_ONCE = THREADS + 1
-"""Pieces under way: two are searched, and one is next while a result is handed back."""
 
 
 async def find(
@@ -93,7 +90,7 @@ class _Search:
         stop = places.stop + self._overlap
         if not self._under_way:
             claim = await core.lock.acquire(start, stop, False)
-        elif len(self._under_way) == _AT_ONCE:
+        elif len(self._under_way) == AT_ONCE:
             return False
         else:
             try:
@@ -103,15 +100,9 @@ class _Search:
         try:
             mapping = core.still_inside(start, stop - start)
             offset, length = ahead
-            # Not behind the end of a map that was made smaller between two pieces.
-            length = min(length + self._overlap, mapping.length - offset) if length else 0
+            ahead = offset, length + self._overlap if length else 0
             request = core.pager.search_soon(
-                mapping,
-                start,
-                stop - start,
-                self._needle,
-                (offset, max(length, 0)),
-                last=self._last,
+                mapping, start, stop - start, self._needle, ahead, last=self._last
             )
         except BaseException:
             core.lock.release(claim)

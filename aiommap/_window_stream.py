@@ -13,21 +13,22 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from ._errors import Range
 from ._open_map import OpenMap
-from ._pager import Load
+from ._pager import AT_ONCE, Load
+from ._piece_size import AHEAD
 from ._uncopyable import Uncopyable
 from ._wait_graph import Claim
 
-READ_AHEAD = 32 << 20
+READ_AHEAD = 16 << 20
 """
-Bytes that are being read ahead of the window in hand: so many kept the disk busy at every size of
-window that was measured.
+As long as fewer bytes than this are being read ahead of the window in hand, another piece is
+begun: with the largest pieces this kept the disk busy at every size of window that was measured.
 """
 
-_FIRST_PIECE = 4 << 20
-_LARGEST_PIECE = 16 << 20
-"""Bytes that are loaded with one call in a worker, doubled from piece to piece: a hop of 100 us
-for each 4 MiB would be a tenth of what a checksum over them takes."""
+_LOOKED_UP = 4 << 20
+"""Bytes at the beginning that are looked up as they come, where they are in memory: no worker for
+a short range, and for a long one a head start."""
 
 _FRESH = 0.05
 """
@@ -58,6 +59,7 @@ class Windows(Uncopyable):
         "_loads",
         "_loads_end",
         "_piece",
+        "_pieces",
         "_position",
         "_size",
         "_window",
@@ -70,10 +72,11 @@ class Windows(Uncopyable):
         self._end = offset + length
         self._claim: Claim | None = None
         self._window: memoryview | None = None
-        # Pieces that are being loaded, in order; where the last one ends; how large the next is.
+        # Pieces that are being loaded, in order; where the last one ends, and how large it is.
         self._loads: deque[Load] = deque()
         self._loads_end = offset
-        self._piece = _FIRST_PIECE
+        self._piece = 1
+        self._pieces = core.pager.pieces_to_stream(offset, length)
         # Up to here they were waited for, until when that counts, and up to here windows are to be
         # looked up all the same.
         self._loaded_until = offset
@@ -96,7 +99,7 @@ class Windows(Uncopyable):
         start = self._position
         stop = min(start + self._size, self._end)
         if start >= stop:
-            self._drop_loads()
+            self._read_no_more()
             await self._core.loop.checkpoint()
             raise StopAsyncIteration
         core = self._core
@@ -125,7 +128,7 @@ class Windows(Uncopyable):
                 or not core.mapping.reaches_nowait(start, stop - start)
             ):
                 await self._look_up(start, stop)
-            if self._loads_end + self._piece <= stop + READ_AHEAD:
+            if self._loads_end < min(stop + self._ahead(), self._end):
                 with suppress(RuntimeError):  # no threads: not the trouble of this window
                     self._read_ahead(stop)
             window = self._window = core.mapping.buffer(start, stop - start, False)
@@ -142,18 +145,19 @@ class Windows(Uncopyable):
         if self._loads_end == start == self._doubtful_until and core.is_ready_nowait(
             start, stop - start
         ):
-            # They may all be there: a short range needs no worker then, and a long one has a
-            # head start.
-            stop = max(stop, min(start + _FIRST_PIECE, self._end))
-            self._loads_end = self._loaded_until = self._doubtful_until = stop
+            while self._loads_end < max(stop, min(start + _LOOKED_UP, self._end)):
+                self._next_piece()
+            self._loaded_until = self._doubtful_until = self._loads_end
             return
-        self._read_ahead(stop)
         fresh_until = self._fresh_until if start < self._loaded_until else inf
-        while self._loaded_until < stop and self._loads:
+        while self._loaded_until < stop:
+            self._read_ahead(stop)
+            if not self._loads:
+                break
             load = self._loads.popleft()
             end = load.offset + load.length
             try:
-                await core.pager.wait(load)
+                await core.pager.loaded(load)
                 fresh_until = min(fresh_until, load.finished + _FRESH)
             except BaseException as error:
                 # What is wrong may be in another window of the piece; and if this is cancelled,
@@ -171,19 +175,39 @@ class Windows(Uncopyable):
             # Gone again, or there is a reason, and it comes from here.
             await core.pager.load(core.mapping, start, stop - start)
 
-    def _read_ahead(self, stop: int) -> None:
-        """Begin to load up to ``stop``, and what fits into READ_AHEAD behind it."""
-        mapping = self._core.mapping
-        end = min(self._end, mapping.length)
-        while self._loads_end < end:
-            count = min(self._piece, end - self._loads_end)
-            if self._loads_end >= stop and self._loads_end + count > stop + READ_AHEAD:
-                break
-            self._loads.append(self._core.pager.load_soon(mapping, self._loads_end, count))
-            self._loads_end += count
-            self._piece = min(2 * self._piece, _LARGEST_PIECE)
+    def _ahead(self) -> int:
+        """How many bytes behind the window are to be on their way."""
+        return min(AHEAD * self._piece, READ_AHEAD)
 
-    def _drop_loads(self) -> None:
+    def _read_ahead(self, stop: int) -> None:
+        """Begin to load up to ``stop``, and what is to be on its way behind it."""
+        mapping = self._core.mapping
+        while self._loads_end < min(stop + self._ahead(), self._end):
+            if len(self._loads) >= AT_ONCE and not self._loads[-AT_ONCE].done:
+                break
+            piece, ahead = self._next_piece()
+            # The map may have been made smaller, and may grow again.
+            count = min(len(piece), mapping.length - piece.start)
+            try:
+                if count > 0:
+                    self._loads.append(
+                        self._core.pager.load_soon(mapping, piece.start, count, ahead)
+                    )
+            except RuntimeError:  # no threads
+                count = 0
+                raise
+            finally:
+                if count < len(piece):
+                    self._doubtful_until = piece.stop
+
+    def _next_piece(self) -> tuple[range, Range]:
+        piece, ahead = next(self._pieces)
+        self._piece = len(piece)
+        self._loads_end = piece.stop
+        return piece, ahead
+
+    def _read_no_more(self) -> None:
+        self._pieces.close()
         while self._loads:
             self._core.pager.abandon(self._loads.pop())
 
@@ -202,7 +226,7 @@ class Windows(Uncopyable):
         :raises BufferError: arrays over the last window are alive; its region is free
         """
         self._position = self._end
-        self._drop_loads()
+        self._read_no_more()
         self._release()
 
     async def __aenter__(self) -> Self:

@@ -31,7 +31,7 @@ NEEDLE = b"the needle"
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 512 KiB in two windows, so that a small file has several."""
-    monkeypatch.setattr(_pager, "FIRST_SEARCHED", 512 << 10)
+    monkeypatch.setattr(_pager, "FIRST_STREAMED", 512 << 10)
     monkeypatch.setattr(_pager, "MOST_SEARCHED", 512 << 10)
     monkeypatch.setattr(_byte_search, "_WINDOW", 256 << 10)
 
@@ -151,9 +151,10 @@ async def test_the_map_is_made_smaller_meanwhile(
     def noting(
         self: _pager.Pager, mapping: Mapping, start: int, *rest: Any, **options: Any
     ) -> object:
-        offset, length = rest[2]
+        request = search_soon(self, mapping, start, *rest, **options)
+        [(offset, length)] = request.ahead
         asked.append((mapping.length, start, offset + length if length else 0))
-        return search_soon(self, mapping, start, *rest, **options)
+        return request
 
     monkeypatch.setattr(_pager.Pager, "search_soon", noting)
     async with AsyncMmap.open_path(file_of(tmp_path, 8 * piece), "r+") as m:

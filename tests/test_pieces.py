@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from aiommap import AsyncMmap, _pager
 from aiommap._kernel import _linux
 from aiommap._piece_size import AHEAD, SLOW, PieceSize
 
+from .clock import Clock
 from .content import file_of
 from .fake_kernel import FakeKernel
 from .flushing import mapped_by
@@ -47,6 +49,28 @@ class TestPieceSize:
         assert size.bytes == 50
         size.took(1, SLOW * 1.01)
         assert size.bytes == 30
+
+    def test_one_that_was_begun_before_says_nothing(self) -> None:
+        """Four of one size are under way; that they all were slow is told once."""
+        size = PieceSize(160, 10, 320)
+        for _ in range(4):
+            size.took(160, SLOW * 2)
+        assert size.bytes == 80
+
+    def test_after_a_full_queue_four_are_to_be_quick(self) -> None:
+        """One piece waits for a place for those that it reads ahead, and these are quick for that:
+        they grow after four in a row from then on."""
+        size = PieceSize(80, 10, 320)
+        size.took(80, SLOW * 2, starting=SLOW * 2)
+        assert size.bytes == 40
+        for expected in (40, 40, 40, 80):
+            size.took(size.bytes, 0.0)
+            assert size.bytes == expected
+        size.took(80, 0.0)
+        size.took(80, SLOW)  # not in a row
+        for expected in (80, 80, 80, 160):
+            size.took(80, 0.0)
+            assert size.bytes == expected
 
     def test_many_at_a_time_read_no_more_ahead_than_one(self) -> None:
         """What is being read for all of them is four of the largest pieces, whoever leaves how."""
@@ -124,10 +148,10 @@ class TestLoads:
     async def test_pieces_shrink_on_a_slow_disk(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """At 1 MiB a second pieces get smaller, and none takes a second, down to 64 KiB."""
+        """At 1 MiB a second pieces get smaller, and none takes a second, down to 128 KiB."""
         sizes = await _piece_sizes(tmp_path, monkeypatch, 2 * MIB, lambda size: size / MIB)
-        assert sizes[:3] == [256 << 10, 128 << 10, 64 << 10]
-        assert set(sizes[3:]) == {64 << 10}
+        assert sizes[:2] == [256 << 10, 128 << 10]
+        assert set(sizes[2:]) == {128 << 10}
 
     async def test_latency_alone_does_not_keep_them_small(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,6 +159,16 @@ class TestLoads:
         """Pieces ahead are under way: 60 ms for each four of them are no reason to be slow."""
         sizes = await _piece_sizes(tmp_path, monkeypatch, 64 * MIB, lambda size: 0.06 / 4)
         assert max(sizes) == 16 * MIB
+
+    async def test_pieces_shrink_where_hints_wait(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the storage has no place for what is to be read ahead, to start it takes the time
+        and to load nothing, and then the pieces are too large all the same."""
+        sizes = await _piece_sizes(
+            tmp_path, monkeypatch, 8 * MIB, lambda size: 0.0, lambda size: size / (4 * MIB)
+        )
+        assert max(sizes[8:]) <= 512 << 10
 
     async def test_the_next_pieces_are_under_way(self, tmp_path: Path) -> None:
         """While a piece is waited for, the reads of the next three have been started, once."""
@@ -157,15 +191,16 @@ class TestLoads:
 
 
 async def _piece_sizes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, size: int, seconds: Callable[[int], float]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    seconds: Callable[[int], float],
+    starting: Callable[[int], float] = lambda length: 0.0,
 ) -> list[int]:
-    """How a load is cut on a disk that takes so many seconds for so many bytes."""
-
-    class Clock:
-        now = 0.0
-
-        def monotonic(self) -> float:
-            return self.now
+    """
+    How a load is cut on a disk that takes so many seconds for so many bytes, and so many to
+    start reading them.
+    """
 
     clock = Clock()
     monkeypatch.setattr(_pager, "time", clock)
@@ -174,7 +209,12 @@ async def _piece_sizes(
     def populate(real: Callable[..., None], address: int, length: int) -> None:
         clock.now += seconds(length)  # and no page is touched, to save the time
 
+    def will_need(real: Callable[..., bool], spans: list[tuple[int, int]]) -> bool:
+        clock.now += starting(sum(length for _, length in spans))
+        return True
+
     kernel.wrap("populate_read", populate)
+    kernel.wrap("will_need_many", will_need)
     async with mapped_by(kernel).open_path(file_of(folder, size)) as m:
         await m.load()
     return [call.arguments[1] for call in kernel.calls if call.name == "populate_read"]
@@ -185,14 +225,14 @@ class TestSearches:
     async def test_pieces_grow_where_they_are_quick(self, tmp_path: Path) -> None:
         """Pieces of a search in memory are up to 32 MiB."""
         sizes = await _searched(tmp_path, lambda length: 0.0)
-        assert sizes[0] == 4 * MIB
+        assert sizes[0] == MIB
         assert max(sizes) == 32 * MIB
 
     async def test_pieces_shrink_where_they_are_slow(self, tmp_path: Path) -> None:
         """At 8 MiB a second nobody else waits for a second, to say nothing of four."""
         sizes = await _searched(tmp_path, lambda length: length / (8 * MIB))
-        assert sizes[0] == 4 * MIB
-        assert sizes[-2] <= MIB
+        assert sizes[0] == MIB
+        assert sizes[-2] <= MIB // 2
 
 
 async def _searched(folder: Path, seconds: Callable[[int], float]) -> list[int]:
@@ -265,15 +305,39 @@ class TestHighLatency:
     async def test_a_search_reads_ahead_of_its_pieces(
         self, make_slow_file: Callable[..., SlowFile], monkeypatch: pytest.MonkeyPatch, last: bool
     ) -> None:
-        """Three pieces of 128 KiB are searched, and three more being read."""
-        monkeypatch.setattr(_pager, "FIRST_SEARCHED", 128 * KIB)
+        """Two pieces of 128 KiB are searched, and three more being read."""
+        monkeypatch.setattr(_pager, "FIRST_STREAMED", 128 * KIB)
         file = make_slow_file(2 * MIB, max_readahead=0)
         async with AsyncMmap.open_path(file.path) as m:
             file.evict()
             async with holding(file), anyio.create_task_group() as tg:
                 tg.start_soon(m.rfind if last else m.find, b"x")
-                await held(file, 6)
+                await held(file, 5)
                 tg.cancel_scope.cancel()
+
+    async def test_a_full_queue(self, make_slow_file: Callable[..., SlowFile]) -> None:
+        """
+        FUSE drops a hint where all its 12 places are taken, and a page that nobody asked for is
+        read with 31 others around it, by one task at a time: so they are asked for again.
+        """
+        file = make_slow_file(16 * MIB, max_background=12, read=0.005)
+        pages = iter(range(1024))
+        with open(file.path, "rb", buffering=0) as plain:
+            async with AsyncMmap.open(plain.fileno()) as m:
+                # It does so once there was read-ahead through the same open file.
+                file.evict()
+                os.pread(plain.fileno(), 4 * KIB, 0)
+                file.statistics(reset=True)
+
+                async def read() -> None:
+                    for page in pages:
+                        await m.read_at(page * 4001 % 4096 * 4 * KIB, 4 * KIB)
+
+                async with anyio.create_task_group() as tg:
+                    for _ in range(64):
+                        tg.start_soon(read)
+        done = file.statistics()
+        assert done.read_bytes / done.reads < 16 * KIB
 
     async def test_on_older_kernels(self, make_slow_file: Callable[..., SlowFile]) -> None:
         """Without one call for all hints, there is a call for each."""

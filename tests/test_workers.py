@@ -23,6 +23,7 @@ from aiommap._stream_crew import StreamCrew
 from aiommap._workers import finish, run, start
 
 from .cancelling import let_others_run, on_asyncio, on_trio
+from .clock import Clock
 from .content import at_rest, file_of
 from .processes import run_python
 
@@ -432,6 +433,28 @@ class TestCrew:
             gate.open.set()
         assert {name for name, _ in log[:3]} == {"announce"}
         assert log[3:] == [("perform", request) for _, request in log[:3]]
+
+    async def test_announced_again_after_a_slow_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Storage that is busy may have started nothing: it is told again of those who wait."""
+        clock = Clock()
+        monkeypatch.setattr("aiommap._stream_crew.time", clock)
+        crew = new_crew()
+        gate = Gate()
+        log: list[Any] = []
+
+        def slowly() -> None:
+            clock.now += 1
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(crew.do, Errand(gate))
+            await gate.wait_reached()
+            for _ in range(3):
+                tasks.start_soon(crew.do, Errand(slowly, log))
+            await let_others_run()
+            gate.open.set()
+        # The last one is alone, and done at once.
+        names = [name for name, _ in log]
+        assert names == [*["announce"] * 3, "perform", *["announce"] * 2, "perform", "perform"]
 
     async def test_at_most_batch_at_once(self) -> None:
         """No more requests than was said are announced and not done; the rest follows."""

@@ -40,6 +40,7 @@ def slow_file(
     fsync: float = 0.0,
     max_readahead: int | None = None,
     write_back: bool = True,
+    max_background: int = 1024,
 ) -> Iterator[SlowFile]:
     """Serve a file of ``size`` bytes for the length of a ``with`` block.
 
@@ -53,10 +54,12 @@ def slow_file(
     :param max_readahead: bytes that the kernel may read ahead; 0: only the pages asked for, which
         makes populating or reading a range page after page. None: the kernel's default, 128 KiB.
         An explicit MADV_WILLNEED or POSIX_FADV_WILLNEED reads ahead in either case.
+    :param max_background: read-ahead and write-back requests that the kernel has in flight at once;
+        12 where a file system does not say it
     :param write_back: False: each ``write`` reaches the disk, and its error the caller, at once
     """
     directory = rig_directory("slow")
-    caching = Caching(max_readahead, write_back)
+    caching = Caching(max_readahead, write_back, max_background)
     with serve(Served(directory, caching, size)) as (path, control, process):
         file = SlowFile(path, control, process)
         file.set_latency(read=read, write=write, fsync=fsync)
