@@ -132,7 +132,7 @@ class OpenMap:
         self.mapping: Mapping = mapping
         self.lock: ClaimLock = ClaimLock(known_as="map")
         self.lock.check_thread()  # it belongs to the first event loop that uses it: this one
-        self.pager: Pager = Pager(self.loop, self.limiter)
+        self.pager: Pager = Pager(self.loop, self.limiter, mapping)
         self.flusher: Flusher = Flusher(self.loop, self.limiter, mapping)
         self.closed: bool = False
         self.closing: bool = False  # by close_forgotten(), as soon as the loop comes to it

@@ -32,6 +32,7 @@ NEEDLE = b"the needle"
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 512 KiB in two windows, so that a small file has several."""
     monkeypatch.setattr(_pager, "FIRST_STREAMED", 512 << 10)
+    monkeypatch.setattr(_pager, "FIRST_STREAMED_FAR", 512 << 10)
     monkeypatch.setattr(_pager, "MOST_SEARCHED", 512 << 10)
     monkeypatch.setattr(_byte_search, "_WINDOW", 256 << 10)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from aiommap import AsyncMmap, _pager
 from aiommap._kernel import _linux
+from aiommap._mapping import Mapping
 from aiommap._piece_size import AHEAD, SLOW, PieceSize
 
 from .clock import Clock
@@ -228,6 +229,13 @@ class TestSearches:
         assert sizes[0] == MIB
         assert max(sizes) == 32 * MIB
 
+    async def test_pieces_are_larger_at_once_where_the_disk_reads_far_ahead(
+        self, tmp_path: Path
+    ) -> None:
+        """Such a disk is local, and quick."""
+        sizes = await _searched(tmp_path, lambda length: 0.0, reads_far=True)
+        assert sizes[0] == 4 * MIB
+
     async def test_pieces_shrink_where_they_are_slow(self, tmp_path: Path) -> None:
         """At 8 MiB a second nobody else waits for a second, to say nothing of four."""
         sizes = await _searched(tmp_path, lambda length: length / (8 * MIB))
@@ -235,7 +243,9 @@ class TestSearches:
         assert sizes[-2] <= MIB // 2
 
 
-async def _searched(folder: Path, seconds: Callable[[int], float]) -> list[int]:
+async def _searched(
+    folder: Path, seconds: Callable[[int], float], *, reads_far: bool = False
+) -> list[int]:
     """The pieces of a search, where so many bytes take so many seconds."""
     sizes: list[int] = []
 
@@ -247,6 +257,7 @@ async def _searched(folder: Path, seconds: Callable[[int], float]) -> list[int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_pager, "Access", Search)
+        patch.setattr(Mapping, "reads_far", reads_far)
         # Nothing is read, to save the time.
         patch.setattr(_pager, "search", lambda *arguments, last: -1)
         async with AsyncMmap.open_path(file_of(folder, 256 * MIB)) as m:

@@ -264,6 +264,8 @@ class Mmap(AsyncMmap):
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     kernel = FakeKernel()
+    # As on a disk that reads 128 KiB ahead by itself, whatever the disk here does.
+    kernel.wrap("longest_hint", lambda real, fd: 128 << 10)
     monkeypatch.setattr(Mmap, "_kernel", kernel)
     return kernel
 

@@ -12,7 +12,7 @@ import os
 import random
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +82,15 @@ COLD = "cold random 4 KiB reads on a real disk, per second"
 SLOW = "64 tasks on a disk of 20 ms, accesses per second"
 SLOW_GAP = "64 tasks on a disk of 20 ms, longest gap of the loop, ms"
 BULK = "all of 16 MiB on a disk of 20 ms, ms"
+BESIDE = "how long 8 tasks wait for a page beside one that wants 64 MiB, 12 requests at a time, ms"
+BESIDE_ROWS = (
+    "nothing, for 1 s",
+    "aiommap load",
+    "aiommap read_at",
+    "aiommap write_at",
+    "aiommap windows()",
+    "aiommap find",
+)
 SCAN = "crc32 over all of the file, GB/s"
 SCAN_GAP = "crc32 over all of the file, longest gap of the loop, ms"
 FIND = "find in all of the file, GB/s"
@@ -222,6 +231,65 @@ async def bulk(run: Run) -> None:
                         file.evict()
                         took, _ = await _timed(work)
                         run.figures.note(BULK, row, run.loop, took * 1e3)
+
+
+async def beside(run: Run) -> None:
+    """
+    8 tasks read single pages while one goes through 64 MiB of the same map, on a disk that takes
+    20 ms for a request and 12 requests at a time, as a FUSE file system that says nothing of it.
+    """
+    large = 64 * MIB
+    size = 1024 * MIB
+    absent = b"\xff" * 16
+    with slow_file(size, read=0.02, max_background=12) as file:
+        for _ in range(run.rounds):
+            for row in BESIDE_ROWS:
+                file.evict()
+                async with AsyncMmap.open_path(file.path, Protection.READ_WRITE) as m:
+                    offsets = (page * PAGE for page in _shuffled(large // PAGE, size // PAGE))
+                    waits: list[float] = []
+
+                    async def read(
+                        m: AsyncMmap = m,
+                        offsets: Iterator[int] = offsets,
+                        waits: list[float] = waits,
+                    ) -> None:
+                        for offset in offsets:
+                            start = time.perf_counter()
+                            await m.read_at(offset, PAGE)
+                            waits.append(time.perf_counter() - start)
+
+                    async def scan(m: AsyncMmap = m) -> None:
+                        async for _ in m.windows(length=large):
+                            pass
+
+                    works: dict[str, Callable[[], Awaitable[object]]] = {
+                        "aiommap load": partial(m.load, 0, large),
+                        "aiommap read_at": partial(m.read_at, 0, large),
+                        "aiommap write_at": partial(m.write_at, 0, bytes(large)),
+                        "aiommap windows()": scan,
+                        "aiommap find": partial(m.find, absent, 0, large),
+                        "nothing, for 1 s": partial(anyio.sleep, 1),
+                    }
+                    start = time.perf_counter()
+                    async with anyio.create_task_group() as group:
+                        for _ in range(8):
+                            group.start_soon(read)
+                        await works[row]()
+                        took = time.perf_counter() - start
+                        group.cancel_scope.cancel()
+                for column, value in (
+                    ("it takes", took * 1e3),
+                    ("median", sorted(waits)[len(waits) // 2] * 1e3),
+                    ("longest", max(waits) * 1e3),
+                ):
+                    run.figures.note(BESIDE, row, f"{run.loop} {column}", value)
+
+
+def _shuffled(first: int, stop: int) -> Iterator[int]:
+    """Numbers of a range, each once, no two neighbours after another."""
+    count = stop - first
+    return (first + number * 7919 % count for number in range(count))
 
 
 async def _timed(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
@@ -436,6 +504,7 @@ SCENARIOS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "cold": cold,
     "slow": slow,
     "bulk": bulk,
+    "beside": beside,
     "scan": scan,
     "find": find,
     "cancel": cancel,
