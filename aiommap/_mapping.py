@@ -442,6 +442,11 @@ class Mapping(MappedMemory):
         start = self._address % page + offset
         return start // page, -(-(start + length) // page)
 
+    def up_to_page(self, stop: int) -> int:
+        """The offset where a page begins, counted as :meth:`page_numbers` does, or the end."""
+        page = self.kernel.page_size
+        return min(stop * page - self._address % page, self.length)
+
     def pin_pages(self, first: int, count: int) -> None:
         """Keep pages, counted from the map's first, in memory."""
         self.kernel.pin(*self._page_range(first, count))

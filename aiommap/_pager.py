@@ -32,6 +32,7 @@ from ._event_loop import EventLoop, Parking
 from ._kernel import new_bytes
 from ._mapping import Mapping
 from ._piece_size import PieceSize
+from ._readahead import Readahead
 from ._slow_log import log_if_slow
 from ._stream_crew import StreamCrew
 from ._workers import forgetful
@@ -217,13 +218,29 @@ class Store(Access[None]):
 class _PagingCrew(StreamCrew[Access[Any]]):
     """A crew that knows what page-ins have in common: one call for many of them."""
 
+    def __init__(self, loop: EventLoop, limiter: CapacityLimiter) -> None:
+        super().__init__(loop, limiter, threads=THREADS, batch=BATCH, announcer=True)
+        self._readahead = Readahead()
+
     def announce(self, requests: Sequence[Access[Any]]) -> None:
         # Large ones last: they may wait for a place in the storage's queue. What they have read
         # farther ahead, and whether that waits, is for who does them.
-        for together in (True, False):
-            some = [each for each in requests if each.ahead and each.together is together]
-            for mapping, group in _by_mapping(some):
-                mapping.will_load([(each.offset, each.length) for each in group])
+        wanted = [each for each in requests if each.ahead]
+        for mapping, group in _by_mapping([each for each in wanted if each.together]):
+            looked = mapping.starts_reads  # then the kernel knows of those who read
+            for each in group:
+                if not (looked and isinstance(each, Load) and not each.write):
+                    self._read_on(mapping, each)
+            mapping.will_load([each.ahead[0] for each in group])
+        for mapping, group in _by_mapping([each for each in wanted if not each.together]):
+            mapping.will_load([(each.offset, each.length) for each in group])
+
+    def _read_on(self, mapping: Mapping, request: Access[Any]) -> None:
+        """Have more read ahead where the request continues another one; again, as much as then."""
+        offset, length = request.offset, request.length
+        if request.ahead == ((offset, length),):
+            stop = self._readahead.stop(*mapping.page_numbers(offset, length))
+            request.ahead = ((offset, mapping.up_to_page(stop) - offset),)
 
     def perform_some(self, requests: Sequence[Access[Any]]) -> None:
         began = time.monotonic()
@@ -278,7 +295,7 @@ class Pager:
 
     def __init__(self, loop: EventLoop, limiter: CapacityLimiter, mapping: Mapping) -> None:
         first = FIRST_STREAMED_FAR if mapping.reads_far else FIRST_STREAMED
-        self._crew = _PagingCrew(loop, limiter, threads=THREADS, batch=BATCH, announcer=True)
+        self._crew = _PagingCrew(loop, limiter)
         self._piece = PieceSize(FIRST_PIECE, SMALLEST_PIECE, LARGEST_PIECE)
         self._streamed = PieceSize(first, SMALLEST_PIECE, LARGEST_PIECE)
         self._searched = PieceSize(first, SMALLEST_PIECE, MOST_SEARCHED)

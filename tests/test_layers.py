@@ -15,7 +15,7 @@ PACKAGE = Path(aiommap.__file__).parent
 # may import what the platforms share, never another platform's policy.
 PLAN = """
 _errors _options _range_sets _ranges _read_starts _slow_log _typing _uncopyable
-_kernel _event_loop _buffers _opening _piece_size
+_kernel _event_loop _buffers _opening _piece_size _readahead
 _capabilities _range_index _wait_graph
 _frontier
 _region_queue _flush_batch
@@ -56,7 +56,7 @@ FORBIDDEN = {
     ),
     "anything but values in the rules": (
         {"_errors", "_ranges", "_range_sets", "_options", "_range_index", "_wait_graph",
-         "_frontier", "_region_queue", "_flush_batch", "_read_starts", "_piece_size"},
+         "_frontier", "_region_queue", "_flush_batch", "_read_starts", "_piece_size", "_readahead"},
         {"anyio", "asyncio", "trio", "ctypes", "mmap", "threading", "time"},
     ),
     "system calls where tasks are": (
