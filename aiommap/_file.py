@@ -44,6 +44,7 @@ class File:
         "kernel",
         "longest_hint",
         "mincore_is_honest",
+        "read_ahead",
     )
 
     def __init__(
@@ -57,6 +58,7 @@ class File:
         self.direct: bool = False
         self.mincore_is_honest: bool = anonymous
         self.disk_queue: int = 0
+        self.read_ahead: int = 0
         self.longest_hint: int = sys.maxsize
 
     def __del__(self) -> None:
@@ -88,7 +90,8 @@ class File:
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
             self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
-            self.longest_hint = self.kernel.longest_hint(self.fd)
+            self.read_ahead = self.kernel.read_ahead(self.fd)
+            self.longest_hint = self.kernel.longest_hint(self.read_ahead)
         # The kernel says "all resident" to whoever neither owns nor may write the file
         # (can_do_mincore() in mm/mincore.c).
         self.mincore_is_honest = writable or (

@@ -322,7 +322,8 @@ class MapAccess(Uncopyable):
 
         The range is widened to whole pages; hints that last (NORMAL, RANDOM, SEQUENTIAL,
         those about huge and merged pages) to 64ths of the map, so that the kernel never has
-        to keep it in hundreds of areas. No advice changes bytes. ``resize()`` and
+        to keep it in hundreds of areas. After RANDOM, for whatever part, we read no further than
+        asked for either, until NORMAL or SEQUENTIAL. No advice changes bytes. ``resize()`` and
         ``set_protection()`` map anew, without it.
 
         :raises OSError: ENOTSUP where the platform does not know it; EINVAL where it does not

@@ -79,6 +79,7 @@ class MappedMemory:
         "private",
         "protection",
         "starts",
+        "used_at_random",
     )
 
     def __init__(
@@ -118,6 +119,7 @@ class MappedMemory:
         # whether pages can be populated.
         self._nowait = self._is_read and file is not None and not file.in_memory
         self._populate = True
+        self.used_at_random: bool = False  # as was advised last, for whatever part
         self.starts: ReadStarts = ReadStarts(file.disk_queue if file is not None else 0)
 
     finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)

@@ -238,8 +238,9 @@ class _PagingCrew(StreamCrew[Access[Any]]):
     def _read_on(self, mapping: Mapping, request: Access[Any]) -> None:
         """Have more read ahead where the request continues another one; again, as much as then."""
         offset, length = request.offset, request.length
-        if request.ahead == ((offset, length),):
-            stop = self._readahead.stop(*mapping.page_numbers(offset, length))
+        most = mapping.readahead
+        if most and request.ahead == ((offset, length),):
+            stop = self._readahead.stop(*mapping.page_numbers(offset, length), most)
             request.ahead = ((offset, mapping.up_to_page(stop) - offset),)
 
     def perform_some(self, requests: Sequence[Access[Any]]) -> None:

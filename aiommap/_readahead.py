@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 GROWTH = 4
-MOST_AHEAD = 64
-"""
-Pages of a read that continues others, 256 KiB: twice what the kernel reads ahead by itself, for it
-goes on before the last page is needed, and this does not.
-"""
-
 STREAMS = 1024
 """How many are remembered. An access at random is the first of one, too."""
 
@@ -44,12 +38,12 @@ class Readahead:
         # page behind what was asked for, where who finds the others in memory does.
         self._streams: dict[int, _Stream] = {}
 
-    def stop(self, first: int, stop: int) -> int:
+    def stop(self, first: int, stop: int, most: int) -> int:
         """
         Where to stop reading, for somebody who wants the pages ``[first, stop)``. O(pages).
 
-        When a stream needs what was not asked for yet, four times as much is as the last time, up
-        to :data:`MOST_AHEAD`.
+        When a stream needs what was not asked for yet, :data:`GROWTH` times as much is as the last
+        time, up to ``most`` pages.
         """
         streams = self._streams
         # It may begin in pages that are there: accesses need not begin with a page.
@@ -62,7 +56,7 @@ class Readahead:
         else:
             stream = _Stream(stop, stop - first)
         if stop > stream.until:
-            stream.asked = max(stream.asked, min(stream.asked * GROWTH, MOST_AHEAD))
+            stream.asked = max(stream.asked, min(stream.asked * GROWTH, most))
             stream.until = max(stop, stream.until + stream.asked)
         stream.next = stop
         if len(streams) >= 2 * STREAMS:

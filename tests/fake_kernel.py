@@ -432,8 +432,11 @@ class FakeKernel:
     def disk_queue(self, fd: int) -> int:
         return self._call(self.kernel.disk_queue, "disk_queue", fd)
 
-    def longest_hint(self, fd: int) -> int:
-        return self._call(self.kernel.longest_hint, "longest_hint", fd)
+    def read_ahead(self, fd: int) -> int:
+        return self._call(self.kernel.read_ahead, "read_ahead", fd)
+
+    def longest_hint(self, read_ahead: int) -> int:
+        return self._call(self.kernel.longest_hint, "longest_hint", read_ahead)
 
     def free_blocks(self, fd: int) -> int:
         return self._call(self.kernel.free_blocks, "free_blocks", fd)

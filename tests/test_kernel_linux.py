@@ -346,7 +346,7 @@ def test_the_queue_of_a_disk(file: OpenFile) -> None:
         os.close(memory)
 
 
-def test_the_longest_hint(file: OpenFile) -> None:
+def test_what_is_read_ahead_and_the_longest_hint(file: OpenFile) -> None:
     """As far as sysfs says that the disk reads ahead, at least the 128 KiB of what is no disk."""
     device = os.fstat(file.fd).st_dev
     name = f"{os.major(device)}:{os.minor(device)}"
@@ -357,13 +357,16 @@ def test_the_longest_hint(file: OpenFile) -> None:
         Path(f"/sys/class/bdi/{name}/read_ahead_kb"),
     )
     said = [int(path.read_text()) << 10 for path in settings if path.exists()]
-    longest = _linux.longest_hint(file.fd)
-    assert longest == max(128 << 10, *said[:1])
+    ahead = _linux.read_ahead(file.fd)
+    assert ahead == (said[0] if said else 128 << 10)
+    longest = _linux.longest_hint(ahead)
+    assert longest == max(128 << 10, ahead)
     assert longest % PAGE == 0
+    assert _linux.longest_hint(0) == 128 << 10
     memory = _linux.memory_file(PAGE, huge=False)
     assert memory is not None
     try:
-        assert _linux.longest_hint(memory) == 128 << 10
+        assert _linux.read_ahead(memory) == 128 << 10
     finally:
         os.close(memory)
 

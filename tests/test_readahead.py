@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiommap import AsyncMmap
-from aiommap._readahead import GROWTH, MOST_AHEAD, STREAMS, Readahead
+from aiommap._readahead import GROWTH, STREAMS, Readahead
 
 from .flushing import mapped_by
 
@@ -22,6 +22,7 @@ from .paging import cold_kernel
 from .rigs.slow_file import SlowFile, content
 
 PAGE = 4096
+MOST = 64
 MIB = 1 << 20
 
 
@@ -31,30 +32,30 @@ class TestRules:
         readahead = Readahead()
         stops = [0]
         for _ in range(6):
-            stops.append(readahead.stop(stops[-1], stops[-1] + 1))
+            stops.append(readahead.stop(stops[-1], stops[-1] + 1, MOST))
         lengths = [stop - start for start, stop in itertools.pairwise(stops)]
-        assert lengths == [1, GROWTH, GROWTH**2, MOST_AHEAD, MOST_AHEAD, MOST_AHEAD]
+        assert lengths == [1, GROWTH, GROWTH**2, MOST, MOST, MOST]
 
     def test_one_that_begins_elsewhere_is_not(self) -> None:
         """Nor one that begins in the pages before."""
         readahead = Readahead()
-        assert readahead.stop(10, 12) == 12
-        assert readahead.stop(13, 14) == 14
-        assert readahead.stop(10, 12) == 12
-        assert readahead.stop(0, 2) == 2
+        assert readahead.stop(10, 12, MOST) == 12
+        assert readahead.stop(13, 14, MOST) == 14
+        assert readahead.stop(10, 12, MOST) == 12
+        assert readahead.stop(0, 2, MOST) == 2
 
     def test_who_asks_for_what_was_read_ahead(self) -> None:
         """Stores come here for each page: more is read when that is used up."""
         readahead = Readahead()
-        stops = [readahead.stop(page, page + 1) for page in range(25)]
+        stops = [readahead.stop(page, page + 1, MOST) for page in range(25)]
         assert stops == [1, *[5] * 4, *[21] * 16, *[85] * 4]
 
     def test_large_reads_are_as_large_as_they_were(self) -> None:
         """More than the most is read only where it is asked for."""
         readahead = Readahead()
-        assert readahead.stop(0, 100) == 100
-        assert readahead.stop(100, 200) == 200
-        assert readahead.stop(200, 201) == 300
+        assert readahead.stop(0, 100, MOST) == 100
+        assert readahead.stop(100, 200, MOST) == 200
+        assert readahead.stop(200, 201, MOST) == 300
 
     def test_many_streams(self) -> None:
         """Each of them is known, whatever the others do meanwhile."""
@@ -62,13 +63,13 @@ class TestRules:
         for turn in (1, GROWTH):
             for stream in range(STREAMS // 2):
                 start = stream * 1000 + (turn > 1)
-                assert readahead.stop(start, start + 1) == start + turn
+                assert readahead.stop(start, start + 1, MOST) == start + turn
 
     def test_what_is_remembered_is_bounded(self) -> None:
         """Reads at random leave no more than a little."""
         readahead = Readahead()
         for page in range(0, 20 * STREAMS, 10):
-            assert readahead.stop(page, page + 1) == page + 1
+            assert readahead.stop(page, page + 1, MOST) == page + 1
         assert len(readahead._streams) <= 2 * STREAMS
 
     @given(steps=st.lists(st.integers(1, 20 * PAGE), max_size=60), start=st.integers(0, PAGE))
@@ -82,14 +83,14 @@ class TestRules:
         for step in steps:
             stop = -(-(position + step) // PAGE)
             if stop > there:
-                reach = readahead.stop(position // PAGE, stop)
+                reach = readahead.stop(position // PAGE, stop, MOST)
                 assert reach >= stop
-                assert reach - there <= max(MOST_AHEAD, stop - there)
+                assert reach - there <= max(MOST, stop - there)
                 asked += 1
                 there = reach
             position += step
-        assert asked <= 4 + (there - first) // (MOST_AHEAD // 2) + sum(
-            step > MOST_AHEAD * PAGE // 2 for step in steps
+        assert asked <= 4 + (there - first) // (MOST // 2) + sum(
+            step > MOST * PAGE // 2 for step in steps
         )
 
 
@@ -120,6 +121,31 @@ class TestManyTasks:
                 for start in range(0, 16 * MIB, MIB):
                     tg.start_soon(go_through, start)
             assert file.statistics().reads < 800
+
+    @pytest.mark.parametrize("why", ["the disk", "RANDOM", "NORMAL again"])
+    async def test_not_where_nobody_wants_it(
+        self, make_slow_file: Callable[..., SlowFile], why: str
+    ) -> None:
+        """Nor where the kernel is not to read ahead itself, or was told that pages are used at
+        random; other advice ends that."""
+        file = make_slow_file(2 * MIB, max_readahead=0 if why == "the disk" else None)
+        async with AsyncMmap.open_path(file.path, "r+") as m:
+            if why != "the disk":
+                await m.advise("random", 0, PAGE)
+            if why == "NORMAL again":
+                await m.advise("normal", 0, PAGE)
+            file.evict()
+            file.statistics(reset=True)
+
+            async def go_through(start: int) -> None:
+                for offset in range(start, start + MIB // 4, PAGE):
+                    await m.write_at(offset, b"x")
+
+            async with anyio.create_task_group() as tg:
+                for start in range(0, 2 * MIB, MIB // 4):
+                    tg.start_soon(go_through, start)
+            reads = file.statistics().reads
+        assert reads < 200 if why == "NORMAL again" else reads >= 512
 
     async def test_not_behind_the_end_of_the_map(
         self, make_slow_file: Callable[..., SlowFile]

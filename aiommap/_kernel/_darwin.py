@@ -55,6 +55,7 @@ from ._portable import populate_many as populate_many
 from ._portable import populate_read as populate_read
 from ._portable import populate_write as populate_write
 from ._portable import read as read
+from ._portable import read_ahead as read_ahead
 from ._portable import read_nowait as read_nowait
 from ._portable import reads_directly as reads_directly
 from ._portable import resident as resident

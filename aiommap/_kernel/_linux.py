@@ -105,7 +105,7 @@ _AT_STATX_DONT_SYNC = 0x4000
 _STATX_SIZE = 0x200
 _FEW_PAGES = 256 << 10
 _SMALL_QUEUE = 32  # of a SATA disk
-_SHORTEST_HINT = 128 << 10  # VM_READAHEAD_PAGES, what bdi_alloc() sets for what is no disk
+_READ_AHEAD = 128 << 10  # VM_READAHEAD_PAGES, what bdi_alloc() sets for what is no disk
 _MOST_SPANS = 1024  # UIO_MAXIOV
 _SYS_PROCESS_MADVISE = 440
 _PIDFD_SELF_PROCESS = -10001  # Linux 6.14
@@ -243,11 +243,15 @@ def disk_queue(fd: int) -> int:
     return _SMALL_QUEUE if queue is None else queue
 
 
-def longest_hint(fd: int) -> int:
+def read_ahead(fd: int) -> int:
+    ahead = _disk_setting(fd, *_of_disk("read_ahead_kb"), "class/bdi/{}/read_ahead_kb")
+    return _READ_AHEAD if ahead is None else ahead << 10
+
+
+def longest_hint(read_ahead: int) -> int:
     # mm/readahead.c, force_page_cache_ra(): the larger one of what is read ahead and of what one
     # request of the disk takes, which is not told for all of them.
-    ahead = _disk_setting(fd, *_of_disk("read_ahead_kb"), "class/bdi/{}/read_ahead_kb")
-    longest = max((ahead or 0) << 10, _SHORTEST_HINT)
+    longest = max(read_ahead, _READ_AHEAD)
     return longest - longest % page_size
 
 

@@ -178,7 +178,11 @@ def disk_queue(fd: int) -> int:
     return 0
 
 
-def longest_hint(fd: int) -> int:
+def read_ahead(fd: int) -> int:
+    return 128 << 10  # not told; as Linux does by default
+
+
+def longest_hint(read_ahead: int) -> int:
     return sys.maxsize
 
 

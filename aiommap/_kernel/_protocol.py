@@ -97,8 +97,13 @@ class Kernel(Protocol):
     def disk_queue(self, fd: int) -> int:
         """Requests that the file's disk takes before one has to wait; an estimate if unknown."""
 
-    def longest_hint(self, fd: int) -> int:
-        """Bytes that one hint starts to read at most; what is behind them, it leaves alone."""
+    def read_ahead(self, fd: int) -> int:
+        """Bytes that are read ahead of who reads the file from page to page; an estimate if
+        unknown."""
+
+    def longest_hint(self, read_ahead: int) -> int:
+        """Bytes that one hint starts to read at most, where so many are read ahead; what is behind
+        them, it leaves alone."""
 
     def free_blocks(self, fd: int) -> int:
         """Blocks of the file's file system that we may still use."""
