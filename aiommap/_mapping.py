@@ -94,6 +94,9 @@ class Mapping(MappedMemory):
         if self.file is None or self.file.in_memory:
             return
         page = self.kernel.page_size
+        # To count pages that are there takes less than to start reading them: of `find` a
+        # fifteenth.
+        ranges = [each for each in ranges if each[1] < _FAR or not self._is_cached(*each)]
         # Of the file, so that its requests begin where its blocks do.
         hints = [
             hint
@@ -107,6 +110,13 @@ class Mapping(MappedMemory):
         if not self.kernel.will_need_many([(base + start, length) for start, length in hints]):
             for start, length in hints:
                 self.kernel.will_need(self.file.fd, start, length)
+
+    def _is_cached(self, offset: int, length: int) -> bool:
+        assert self.file is not None
+        try:
+            return self._cached_bytes(self.file, offset, length) == length
+        except OSError:
+            return False
 
     def load_many(self, ranges: Sequence[Range], *, write: bool = False) -> bool:
         """

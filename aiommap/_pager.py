@@ -233,7 +233,8 @@ class _PagingCrew(StreamCrew[Access[Any]]):
                     self._read_on(mapping, each)
             mapping.will_load([each.ahead[0] for each in group])
         for mapping, group in _by_mapping([each for each in wanted if not each.together]):
-            mapping.will_load([(each.offset, each.length) for each in group])
+            if not mapping.reads_far:
+                mapping.will_load([(each.offset, each.length) for each in group])
 
     def _read_on(self, mapping: Mapping, request: Access[Any]) -> None:
         """Have more read ahead where the request continues another one; again, as much as then."""

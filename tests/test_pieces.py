@@ -243,6 +243,19 @@ class TestSearches:
         assert sizes[-2] <= MIB // 2
 
 
+    @pytest.mark.parametrize("cached", [True, False])
+    async def test_nothing_is_started_where_all_is_there(
+        self, tmp_path: Path, cached: bool
+    ) -> None:
+        """What is in memory is counted, and not asked for again."""
+        kernel = FakeKernel()
+        if not cached:
+            kernel.wrap("cached_pages", lambda real, fd, offset, length: length // 4096 - 1)
+        async with mapped_by(kernel).open_path(file_of(tmp_path, bytes(8 * MIB))) as m:
+            assert await m.find(b"x") == -1
+        assert bool(kernel.names("will_need_many")) is not cached
+
+
 async def _searched(
     folder: Path, seconds: Callable[[int], float], *, reads_far: bool = False
 ) -> list[int]:
