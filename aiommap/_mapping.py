@@ -105,6 +105,8 @@ class Mapping(MappedMemory):
                 *page_span(self.offset + offset, length, page), self.file.longest_hint
             )
         ]
+        if not hints:
+            return
         # SAFETY: pages of the map, as in _pages().
         base = self._address - self.offset
         if not self.kernel.will_need_many([(base + start, length) for start, length in hints]):
