@@ -12,7 +12,8 @@ from . import _buffers
 from ._errors import DeadlockError, Range
 from ._mapped_memory import INLINE
 from ._open_map import OpenMap
-from ._pager import AT_ONCE, Access
+from ._pager import AT_ONCE
+from ._paging_crew import Access
 from ._ranges import as_int
 from ._typing import Buffer
 from ._wait_graph import Claim

@@ -15,7 +15,8 @@ from typing import Self
 
 from ._errors import Range
 from ._open_map import OpenMap
-from ._pager import AT_ONCE, Load
+from ._pager import AT_ONCE
+from ._paging_crew import Load
 from ._piece_size import AHEAD
 from ._uncopyable import Uncopyable
 from ._wait_graph import Claim

@@ -25,6 +25,7 @@ _mapping
 _byte_search _map_making _workers
 _crew
 _batch_crew _stream_crew _reshaping
+_paging_crew
 _region_lock _pager _flusher
 _open_map
 _searching _pins _window_stream _region_view _arguments

@@ -14,7 +14,7 @@ from anyio import to_thread
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiommap import AsyncMmap, _pager
+from aiommap import AsyncMmap, _pager, _paging_crew
 from aiommap._kernel import _linux
 from aiommap._mapping import Mapping
 from aiommap._piece_size import AHEAD, SLOW, PieceSize
@@ -204,7 +204,7 @@ async def _piece_sizes(
     """
 
     clock = Clock()
-    monkeypatch.setattr(_pager, "time", clock)
+    monkeypatch.setattr(_paging_crew, "time", clock)
     kernel = cold_kernel()
 
     def populate(real: Callable[..., None], address: int, length: int) -> None:
@@ -242,7 +242,6 @@ class TestSearches:
         assert sizes[0] == MIB
         assert sizes[-2] <= MIB // 2
 
-
     @pytest.mark.parametrize("cached", [True, False])
     async def test_nothing_is_started_where_all_is_there(
         self, tmp_path: Path, cached: bool
@@ -262,7 +261,7 @@ async def _searched(
     """The pieces of a search, where so many bytes take so many seconds."""
     sizes: list[int] = []
 
-    class Search(_pager.Access[int]):
+    class Search(_paging_crew.Access[int]):
         def perform(self) -> None:
             sizes.append(self.length)
             super().perform()

@@ -18,7 +18,8 @@ from anyio import ClosedResourceError, WouldBlock, to_thread
 from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, DeadlockError, TruncatedError
-from aiommap._pager import Load, Pager
+from aiommap._pager import Pager
+from aiommap._paging_crew import Load
 from aiommap._window_stream import Windows
 
 from .clock import Clock
@@ -274,7 +275,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("aiommap._window_stream.monotonic", clock.monotonic)
-    monkeypatch.setattr("aiommap._pager.time", clock)
+    monkeypatch.setattr("aiommap._paging_crew.time", clock)
     return clock
 
 
