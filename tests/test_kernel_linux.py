@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from aiommap._kernel import _linux, _portable, address_of
 from aiommap._options import Advice, Protection
 
 from .kernel_witnesses import PAGE, Answers, OpenFile, closed_descriptor, pattern, run_python
+from .paging import on_disk
 from .rigs.small_fs import small_fs
 
 
@@ -456,26 +458,76 @@ def test_linux_memory_file_of_old_and_confined_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A flag too new is left out; a memfd that is missing or forbidden is None."""
-    create = os.memfd_create
+    create = _linux.create_memory_file
     asked: list[int] = []
 
-    def old(name: str, flags: int) -> int:
+    def old(flags: int) -> int:
         asked.append(flags)
         if flags & 8:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return create(name, flags)
+        return create(flags)
 
-    monkeypatch.setattr(os, "memfd_create", old)
+    monkeypatch.setattr(_linux, "create_memory_file", old)
     fd = _linux.memory_file(PAGE, huge=False)
     assert fd is not None
     os.close(fd)
     assert len(asked) == 2
 
-    def missing(name: str, flags: int) -> int:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(os, "memfd_create", missing)
+    monkeypatch.setattr(_linux, "create_memory_file", create)
+    monkeypatch.setattr(_linux, "_memfd_create", None)
     assert _linux.memory_file(PAGE, huge=False) is None
+
+
+def test_reading_without_waiting_by_libc(file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What os.preadv does is done without it, too: whole, short, refused and wrong."""
+    os.pwrite(file.fd, bytes(range(100)), 0)
+    for buffers, offset in (([10, 20], 3), ([1], 99), ([200], 50), ([5], 1 << 40)):
+        expected = [bytearray(length) for length in buffers]
+        found = [bytearray(length) for length in buffers]
+        count = _linux.read_nowait(file.fd, expected, offset)
+        assert _linux.read_nowait_by_libc(file.fd, found, offset) == count
+        assert found == expected
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _linux.read_nowait_by_libc(closed_descriptor(), [bytearray(1)], 0)
+    monkeypatch.setattr(_linux, "_preadv2", None)
+    with pytest.raises(OSError) as caught:
+        _linux.read_nowait_by_libc(file.fd, [bytearray(1)], 0)
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_reading_without_waiting_by_libc_waits_for_no_disk(tmp_path: Path) -> None:
+    """A page that is not in memory is refused."""
+    path = on_disk(tmp_path, bytes(PAGE))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            _linux.read_nowait_by_libc(fd, [bytearray(1)], 0)
+    finally:
+        os.close(fd)
+
+
+def test_a_python_that_was_built_for_an_old_system(tmp_path: Path) -> None:
+    """uv's interpreters know of neither preadv2 nor memfd_create; the system here does."""
+    script = """
+import os, sys
+for name in ("RWF_NOWAIT", "MFD_CLOEXEC", "MFD_HUGETLB", "memfd_create"):
+    delattr(os, name)
+import anyio, aiommap
+async def main():
+    async with aiommap.AsyncMmap.create(sys.argv[1], 100000) as m:
+        await m.write_at(0, b"data")
+        before = m.statistics().loads_off_loop
+        assert await m.read_at(0, 4) == b"data"
+        async with m.view(0, 4) as v:
+            assert bytes(v) == b"data"
+        assert m.statistics().loads_off_loop == before
+        await m.flush()
+    async with aiommap.AsyncMmap.anonymous(4096) as m:
+        await m.resize(8192)
+    assert aiommap.capabilities(sys.argv[1]).nowait_reads
+anyio.run(main)
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "file"], check=True)
 
 
 def test_linux_memory_file_leaves_no_descriptor_when_it_cannot_grow(

@@ -73,11 +73,15 @@ _statx = foreign(
 _cachestat_types = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
 _syscall = foreign(_libc, "syscall", ctypes.c_long, *_cachestat_types)
 # With the GIL: a few pages are counted faster than it is given away and taken back.
-_syscall_with_gil = foreign(
-    ctypes.PyDLL(None, use_errno=True), "syscall", ctypes.c_long, *_cachestat_types
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
+_syscall_with_gil = foreign(_libc_with_gil, "syscall", ctypes.c_long, *_cachestat_types)
+_preadv2_types = (ctypes.c_int, _address, ctypes.c_int, _offset, ctypes.c_int)
+_preadv2 = foreign(_libc_with_gil, "preadv64v2", ctypes.c_ssize_t, *_preadv2_types) or foreign(
+    _libc_with_gil, "preadv2", ctypes.c_ssize_t, *_preadv2_types
 )
+_memfd_create = foreign(_libc, "memfd_create", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _process_madvise = foreign(
-    ctypes.CDLL(None, use_errno=True),
+    _libc,
     "syscall",
     ctypes.c_long,
     ctypes.c_long,
@@ -96,6 +100,9 @@ _SYNC_FILE_RANGE_WRITE_AND_WAIT = 1 | 2 | 4
 _FALLOC_FL_KEEP_SIZE = 1
 _MAP_STACK = 0x20000
 _MAP_HUGETLB = 0x40000
+_RWF_NOWAIT = 8
+_MFD_CLOEXEC = 1
+_MFD_HUGETLB = 4
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3
 _F_OFD_GETLK = 36
 _AGAIN_TRIES = 10  # of a madvise that says EAGAIN, before it is believed; out of the air
@@ -108,7 +115,9 @@ _SMALL_QUEUE = 32  # of a SATA disk
 _READ_AHEAD = 128 << 10  # VM_READAHEAD_PAGES, what bdi_alloc() sets for what is no disk
 _MOST_SPANS = 1024  # UIO_MAXIOV
 _SYS_PROCESS_MADVISE = 440
-_PIDFD_SELF_PROCESS = -10001  # Linux 6.14
+# The calling thread, Linux 6.14. That of the whole process had another number before 6.17, and has
+# the same memory.
+_PIDFD_SELF = -10000
 _MADV_WILLNEED = 3
 _SYS_CACHESTAT = 451  # the same number on every architecture
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
@@ -331,12 +340,25 @@ def read(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
 
 
 def read_nowait(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
-    return _preadv(fd, buffers, offset, _NOWAIT)
+    return _preadv(fd, buffers, offset, _RWF_NOWAIT)
+
+
+def read_nowait_by_libc(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+    """As :func:`read_nowait`, where Python was built for a system without preadv2 (uv's are)."""
+    if _preadv2 is None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    vector = _vector([(address_of(buffer), len(buffer)) for buffer in buffers])
+    # SAFETY: the caller keeps the buffers, and it does not wait.
+    done = _preadv2(fd, ctypes.addressof(vector), len(buffers), offset, _RWF_NOWAIT)
+    if done == -1:
+        raise error_from_errno()
+    return done
 
 
 # Looked up once: this is on the path of every access.
 _preadv = os.preadv
-_NOWAIT = os.RWF_NOWAIT
+if not hasattr(os, "RWF_NOWAIT"):
+    read_nowait = read_nowait_by_libc
 
 
 def will_need(fd: int, offset: int, length: int) -> None:
@@ -361,18 +383,26 @@ def map_file(fd: int, length: int, protection: Protection, offset: int) -> mmap.
     return mmap.mmap(fd, length, flags=flags, prot=_PROT[protection], offset=offset)
 
 
+def create_memory_file(flags: int) -> int:
+    # Not os.memfd_create: Python may have been built for a system without it (uv's are).
+    if _memfd_create is None:
+        raise _unsupported()
+    fd = _memfd_create(b"aiommap", flags)
+    if fd == -1:
+        raise error_from_errno()
+    return fd
+
+
 def memory_file(length: int, *, huge: bool) -> int | None:
-    flags = os.MFD_CLOEXEC
-    if huge:
-        flags |= os.MFD_HUGETLB
+    flags = _MFD_CLOEXEC | (_MFD_HUGETLB if huge else 0)
     try:
         # No seal against shrinking: resize() would need it back. Nobody else has the file.
         try:
-            fd = os.memfd_create("aiommap", flags | _MFD_NOEXEC_SEAL)
+            fd = create_memory_file(flags | _MFD_NOEXEC_SEAL)
         except OSError as exc:
             if exc.errno != errno.EINVAL:
                 raise
-            fd = os.memfd_create("aiommap", flags)
+            fd = create_memory_file(flags)
     except OSError as exc:
         if exc.errno in (errno.ENOSYS, errno.EPERM):
             return None
@@ -438,7 +468,7 @@ def _process_madvise_self(spans: Sequence[tuple[int, int]], advice: int) -> int 
         return None
     vector = _vector(spans)
     done = _process_madvise(
-        _SYS_PROCESS_MADVISE, _PIDFD_SELF_PROCESS, ctypes.addressof(vector), len(spans), advice, 0
+        _SYS_PROCESS_MADVISE, _PIDFD_SELF, ctypes.addressof(vector), len(spans), advice, 0
     )
     return None if done == -1 else done
 
