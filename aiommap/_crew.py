@@ -249,7 +249,7 @@ class Crew(Generic[R]):
         token = object()
         self._begging = True
         try:
-            await acquire_token(self._limiter, token)
+            await acquire_token(self._loop, self._limiter, token)
         finally:
             self._begging = False
         self._employ(token)
@@ -259,10 +259,18 @@ class Crew(Generic[R]):
         if not self._starved or self._begging:
             return
         with self._lock:
+            self._drop_abandoned()
             for request in self._waiting:
                 if request.parking is not None and not request._abandoned:
                     request.parking.wake()
                     return
+
+    def _drop_abandoned(self) -> None:
+        """Nobody looks again at those at the front: when many leave, each looks for the next."""
+        while self._waiting and self._waiting[0]._abandoned:
+            self._waiting.popleft()
+            self._dropped -= 1
+            self._announced -= self._announced > 0
 
     def _employ(self, token: object) -> None:
         with self._lock:
@@ -394,7 +402,7 @@ class Crew(Generic[R]):
         while self._waiting and len(requests) < most and not self._yielding:
             request = self._waiting[0]
             if not request._abandoned:
-                if requests and not (request.together or self.takes_any):
+                if requests and not (self.takes_any or (request.together and requests[0].together)):
                     break
                 requests.append(request)  # first of all: for want of memory it may fail
                 request._taken = True

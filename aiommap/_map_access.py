@@ -97,8 +97,8 @@ class MapAccess(Uncopyable):
         core = self._core
         core.check()
         target = _buffers.writable(buffer)
-        offset, length = check_range(offset, len(target), core.mapping.length)
         try:
+            offset, length = check_range(offset, len(target), core.mapping.length)
             if length <= INLINE and _buffers.is_plain(target):
                 # No worker gets the caller's memory: a task that is cancelled need not stay.
                 target[:] = await self.read_at(offset, length)
@@ -127,18 +127,18 @@ class MapAccess(Uncopyable):
         core.check()
         core.check_writable()
         source = _buffers.readable(data)
-        offset, length = check_range(offset, len(source), core.mapping.length)
-        await core.loop.checkpoint()
-        if core.lock.check_free(offset, offset + length, True):
-            core.check()
-            core.check_writable()
-            if core.write_nowait(offset, source):
-                return length
-            # Others have run already, and nobody has since it was found free.
-            claim = core.lock.acquire_nowait(offset, offset + length, True)
-        else:
-            claim = await core.lock.acquire(offset, offset + length, True)
         try:
+            offset, length = check_range(offset, len(source), core.mapping.length)
+            await core.loop.checkpoint()
+            if core.lock.check_free(offset, offset + length, True):
+                core.check()
+                core.check_writable()
+                if core.write_nowait(offset, source):
+                    return length
+                # Others have run already, and nobody has since it was found free.
+                claim = core.lock.acquire_nowait(offset, offset + length, True)
+            else:
+                claim = await core.lock.acquire(offset, offset + length, True)
             with core.lock.holding(claim):
                 core.check_writable()
                 await core.write(offset, source)

@@ -277,7 +277,8 @@ class MappedMemory:
 
     def _refused(self, error: OSError) -> Literal[False]:
         """A read that must not wait cannot be had, here or at all: the worker finds out."""
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        # EPERM: a container.
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
             self._nowait = False
         return False
 

@@ -49,6 +49,7 @@ _NO_POPULATE = (errno.EINVAL, errno.ENOSYS, errno.EPERM)
 _FAR = 1 << 20
 _MOST_READAHEAD = 256 << 10
 _POPULATE_TRIES = 5  # where pages are missing, and in the file right after; out of the air
+_RESIDENT = bytes(range(1, 256, 2))  # of mincore: the lowest bit says it, the others nothing
 _NO_GUARD = (errno.ENOSYS, errno.EPERM)
 
 
@@ -192,6 +193,16 @@ class Mapping(MappedMemory):
                     raise self._named(OSError(errno.EIO, os.strerror(errno.EIO)))
             else:
                 self._read_file(start, scratch[:count])
+
+    def prepare_stores(self, offset: int, length: int) -> None:
+        """
+        See to it that stores into the range find a file, and room in it.
+
+        :raises TruncatedError: the file does not reach it; then it is given no blocks either
+        :raises OSError: ENOSPC
+        """
+        self.check_reach(offset, length)
+        self.reserve(offset, length)
 
     def reserve(self, offset: int, length: int) -> None:
         """Give holes of the range blocks, so that a store finds room or the call ENOSPC."""
@@ -418,12 +429,13 @@ class Mapping(MappedMemory):
             if self.file is None:
                 raise
             return self._cached_bytes(self.file, offset, length)
+        total = (len(state) - len(state.translate(None, _RESIDENT))) * page
+        # Of the first page and the last one, what is in the range.
         first = self._address + offset
-        total = 0
-        for number, byte in enumerate(state):
-            if byte & 1:
-                start = address + number * page
-                total += min(start + page, first + length) - max(start, first)
+        if state[0] & 1:
+            total -= first - address
+        if state[-1] & 1:
+            total -= address + len(state) * page - (first + length)
         return total
 
     # Durability

@@ -282,7 +282,7 @@ class OpenMap:
         if not write and await self.poll(offset, length, self.is_ready_nowait):
             return
         if write and length > STORES_PREPARED:
-            await self.run(partial(mapping.reserve, offset, length))
+            await self.run(partial(mapping.prepare_stores, offset, length))
             write = False
         await self.pager.load(mapping, offset, length, write=write)
 

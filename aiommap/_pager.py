@@ -169,9 +169,9 @@ class Pager:
                 data = mapping.read_nowait(offset, length)
                 if data is not None:
                     return data
-            return await self._do(
-                Access(mapping, offset, length, partial(mapping.read, offset, length))
-            )
+            request = Access(mapping, offset, length, partial(mapping.read, offset, length))
+            await self._crew.do(request)
+            return request.result
         data, memory = new_bytes(length)
         with _asked_for(offset, length):
             for piece, ahead in self._piece.pieces(offset, length):
@@ -199,12 +199,11 @@ class Pager:
         if len(data) <= SMALL:
             await self._crew.do(Store(mapping, offset, data), stay=True)
             return
-        # The first piece must not change anything if the last one cannot be written for a
-        # reason that is known now.
-        if len(data) > self._piece.bytes:
-            call = partial(_prepare_stores, mapping, offset, len(data))
-            await self._do(Access(mapping, offset, 0, call))
         with _asked_for(offset, len(data)):
+            # The first piece must not change anything if the last one cannot be written for a
+            # reason that is known now.
+            prepare = partial(mapping.prepare_stores, offset, len(data))
+            await self._crew.do(Access(mapping, offset, len(data), prepare))
             # The end that the copy runs into goes first, where the bytes are the map's own.
             backwards = mapping.distance(offset, data) < 0
             for piece, ahead in self._piece.pieces(offset, len(data), backwards=backwards):
@@ -216,8 +215,10 @@ class Pager:
     async def move(self, mapping: Mapping, target: int, source: int, length: int) -> None:
         """Copy inside the map, as ``memmove``. :raises OSError: as :meth:`read`, :meth:`write`"""
         self._count(length)
-        prepare = partial(_prepare_stores, mapping, target, length)
-        await self._do(Access(mapping, source, 0, prepare))
+        # As in write(): nothing is changed that could be known to fail.
+        await self._crew.do(
+            Access(mapping, source, length, partial(_prepare_move, mapping, target, source, length))
+        )
         # The end that the copy runs into goes first, so that no byte is overwritten unread.
         away = target - source
         for piece, (start, count) in self._piece.pieces(source, length, backwards=away > 0):
@@ -241,9 +242,9 @@ def _asked_for(offset: int, length: int) -> Iterator[None]:
         raise TruncatedError(offset, length, exc.size, exc.filename) from None
 
 
-def _prepare_stores(mapping: Mapping, offset: int, length: int) -> None:
-    mapping.check_reach(offset, length)
-    mapping.reserve(offset, length)
+def _prepare_move(mapping: Mapping, target: int, source: int, length: int) -> None:
+    mapping.check_reach(source, length)
+    mapping.prepare_stores(target, length)
 
 
 def _move(mapping: Mapping, target: int, source: int, length: int) -> None:

@@ -64,13 +64,15 @@ class PinCounts:
         return self._runs(first, stop, 1)
 
     def add(self, first: int, stop: int, by: int) -> None:
-        """Count the pages up or down."""
+        """Count the pages up or down. O(runs), with a small constant."""
+        if first == stop:
+            return
         low = self._cut(first)
         high = self._cut(stop)
         for index in range(low, high):
             self._counts[index] += by
-        for index in range(len(self._starts) - 1, 0, -1):
-            if self._counts[index] == self._counts[index - 1]:
+        for index in (high, low):  # between them, all differ by what they differed by before
+            if index and self._counts[index] == self._counts[index - 1]:
                 del self._starts[index], self._counts[index]
 
     def _check(self) -> None:
@@ -153,7 +155,12 @@ def _unpin_runs(mapping: Mapping, runs: list[Run]) -> None:
 
 def _with_limit(error: OSError, mapping: Mapping, length: int) -> OSError:
     if error.errno not in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
+        error.filename = error.filename or mapping.filename
         return error
     limit = mapping.kernel.pin_limit()
     allowed = "without limit" if limit is None else f"up to {limit} bytes (RLIMIT_MEMLOCK)"
-    return OSError(error.errno, f"cannot pin {length} bytes: this process may pin {allowed} in all")
+    return OSError(
+        error.errno,
+        f"cannot pin {length} bytes: this process may pin {allowed} in all",
+        mapping.filename,
+    )

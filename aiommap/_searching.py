@@ -28,13 +28,16 @@ async def find(
     last: bool,
 ) -> int:
     """The first or last place of the needle in ``[start, end)``, or -1; see ``bytes.find``."""
-    given = _buffers.readable(needle, "needle")
     first, stop = _bounds(start, end, core.mapping.length)
-    if _buffers.is_plain(given) and len(given) <= INLINE:
-        wanted = bytes(given)
-        await core.loop.checkpoint()
-    else:
-        wanted = await core.run(partial(core.mapping.copied, given))
+    given = _buffers.readable(needle, "needle")
+    try:
+        if _buffers.is_plain(given) and len(given) <= INLINE:
+            wanted = bytes(given)
+        else:
+            wanted = await core.run(partial(core.mapping.copied, given))
+    finally:
+        del given  # the caller may resize its buffer meanwhile, and who keeps an error
+    await core.loop.checkpoint()
     if stop - first < len(wanted):
         return -1
     if not wanted:

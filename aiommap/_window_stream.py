@@ -13,6 +13,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from anyio import BusyResourceError
+
 from ._errors import Range
 from ._open_map import OpenMap
 from ._pager import AT_ONCE
@@ -20,6 +22,7 @@ from ._paging_crew import Load
 from ._piece_size import AHEAD
 from ._uncopyable import Uncopyable
 from ._wait_graph import Claim
+from ._workers import forgetful
 
 READ_AHEAD = 16 << 20
 """
@@ -63,6 +66,7 @@ class Windows(Uncopyable):
         "_pieces",
         "_position",
         "_size",
+        "_stepping",
         "_window",
     )
 
@@ -73,6 +77,7 @@ class Windows(Uncopyable):
         self._end = offset + length
         self._claim: Claim | None = None
         self._window: memoryview | None = None
+        self._stepping = False
         # Pieces that are being loaded, in order; where the last one ends, and how large it is.
         self._loads: deque[Load] = deque()
         self._loads_end = offset
@@ -87,15 +92,26 @@ class Windows(Uncopyable):
     def __aiter__(self) -> Self:
         return self
 
+    @forgetful
     async def __anext__(self) -> memoryview:
         """
         The next window. A checkpoint.
 
+        :raises BusyResourceError: another task waits for it
         :raises BufferError: the last window is exported, as far as it can tell: slices of it,
             and arrays of numpy's, are not seen, and stay valid memory without a lock
         :raises TruncatedError: the file does not reach it any more
         :raises OSError: what the disk says
         """
+        if self._stepping:
+            raise BusyResourceError("waiting for the next window of")
+        self._stepping = True
+        try:
+            return await self._step()
+        finally:
+            self._stepping = False
+
+    async def _step(self) -> memoryview:
         self._release()
         start = self._position
         stop = min(start + self._size, self._end)

@@ -25,9 +25,10 @@ from contextlib import suppress
 from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
-from anyio import CapacityLimiter
+from anyio import BusyResourceError, CapacityLimiter, ClosedResourceError
 from anyio.lowlevel import RunVar, checkpoint_if_cancelled
 
+from ._errors import DeadlockError
 from ._event_loop import EventLoop, Parking, an_event_loop_runs_here, current_event_loop
 
 P = ParamSpec("P")
@@ -238,7 +239,15 @@ def without_frames(error: BaseException) -> BaseException:
     return error
 
 
-_EXPECTED = (OSError, ValueError, MemoryError, BufferError)
+_EXPECTED = (
+    OSError,
+    ValueError,
+    MemoryError,
+    BufferError,
+    DeadlockError,
+    ClosedResourceError,
+    BusyResourceError,
+)
 
 
 def forgetful(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -256,13 +265,19 @@ def forgetful(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
     return forgetting
 
 
-async def acquire_token(limiter: CapacityLimiter, borrower: object) -> None:
+async def acquire_token(loop: EventLoop, limiter: CapacityLimiter, borrower: object) -> None:
     """
-    Wait for a token, under native cancellation too.
+    Get a token, under native cancellation too. A checkpoint only where there is none.
 
-    On asyncio a waiter of anyio's limiter that is cancelled natively in the very tick in which
-    it was woken takes the wake-up with it (anyio 4.16), and who waits behind it waits on.
+    anyio before 4.16 loses a token that is there at once when the checkpoint after it is cancelled
+    natively; and on 4.9 a waiter that is cancelled in the very tick in which it was woken takes
+    the wake-up with it, and who waits behind it waits on.
     """
+    try:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+        return
+    except (anyio.WouldBlock, loop.would_block):
+        pass
     try:
         await limiter.acquire_on_behalf_of(borrower)
     except GeneratorExit:
@@ -315,10 +330,7 @@ async def run(
     limiter = limiter or default_limiter()
     job = _Job(loop, call)
     await checkpoint_if_cancelled()
-    try:
-        limiter.acquire_on_behalf_of_nowait(job)
-    except (anyio.WouldBlock, loop.would_block):
-        await acquire_token(limiter, job)
+    await acquire_token(loop, limiter, job)
     job.limiter = limiter
     parking = job.parking = loop.parking()
     try:

@@ -114,6 +114,21 @@ async def test_load_and_resident(tmp_path: Path) -> None:
         assert await m.resident(7, 0) == 0
 
 
+@pytest.mark.parametrize("there", [(), (0,), (1,), (2,), (3,), (0, 3), (0, 1, 2, 3), (1, 2)])
+async def test_resident_counts_the_bytes_of_the_range(
+    tmp_path: Path, kernel: FakeKernel, there: tuple[int, ...]
+) -> None:
+    """Of pages at the ends only those inside; the other bits of mincore's answer say nothing."""
+    state = bytes(0xFF if page in there else 0xFE for page in range(4))
+    async with Mmap.open_path(file_of(tmp_path, inc(N)), "r+", offset=100) as m:
+        kernel.wrap("resident", lambda real, address, length: state[: -(-length // PAGE)])
+        start, stop = 50, 3 * PAGE - 100 + 7  # of the map: bytes 150 to 3 PAGE + 7 of the file
+        expected = sum(
+            min((page + 1) * PAGE, 100 + stop) - max(page * PAGE, 100 + start) for page in there
+        )
+        assert await m.resident(start, stop - start) == expected
+
+
 async def test_load_goes_off_the_loop_once(tmp_path: Path, kernel: FakeKernel) -> None:
     """What is in memory already needs no worker."""
     async with Mmap.open_path(file_of(tmp_path, inc(N)), "r+") as m:
@@ -305,8 +320,11 @@ async def test_pin_says_the_limit(tmp_path: Path, kernel: FakeKernel) -> None:
         await m.pin(PAGE, PAGE)
         kernel.fail("pin", errno.ENOMEM, after=1)
         kernel.wrap("pin_limit", lambda real: 65536)
-        with pytest.raises(OSError, match=r"pin 65536 bytes: .* up to 65536 bytes .*MEMLOCK"):
+        with pytest.raises(
+            OSError, match=r"pin 65536 bytes: .* up to 65536 bytes .*MEMLOCK"
+        ) as caught:
             await m.pin()
+        assert caught.value.filename == str(tmp_path / "data.bin")
         kernel.heal()
         # The first of the two runs was pinned and is not any more; nor is the one that failed,
         # which Linux leaves locked where a page of it cannot be had. It is tried a few times.

@@ -6,11 +6,15 @@ import array
 import ctypes
 import gc
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
+import anyio
 import pytest
 
-from aiommap import _buffers
+from aiommap import AsyncMmap, DeadlockError, _buffers
+
+from .content import file_of
 
 
 class Point(ctypes.Structure):
@@ -57,6 +61,41 @@ def test_readable_does_not_copy() -> None:
     view = _buffers.readable(data)
     data[1] = 0x0101
     assert bytes(view) == b"\0\0\1\1"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_a_kept_error_does_not_lock_the_buffer(tmp_path: Path, size: int) -> None:
+    """Who keeps the error of a call may change the size of the buffer that it was given."""
+    async with AsyncMmap.open_path(file_of(tmp_path, 200_000), "r+") as m:
+        kept = []
+        calls: list[tuple[Callable[[bytearray], Awaitable[int]], type[Exception]]] = [
+            (lambda data: m.write_at(199_999, data), ValueError),
+            (lambda data: m.readinto_at(199_999, data), ValueError),
+            (lambda data: m.write_at(0, data), DeadlockError),
+            (lambda data: m.readinto_at(0, data), DeadlockError),
+            (lambda data: m.find(data), DeadlockError),
+        ]
+        for call, error in calls:
+            data = bytearray(size)
+            async with m.view_mut():
+                with pytest.raises(error) as caught:
+                    await call(data)
+                kept.append(caught)
+                data.append(0)
+
+
+@pytest.mark.anyio
+async def test_a_search_does_not_lock_its_needle(tmp_path: Path) -> None:
+    """It has a copy: the buffer may be changed meanwhile."""
+    async with AsyncMmap.open_path(file_of(tmp_path, 200_000), "r+") as m:
+        needle = bytearray(b"needle")
+        held = await m.view_mut()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(m.find, needle)
+            await anyio.wait_all_tasks_blocked()
+            needle.clear()
+            await held.aclose()
 
 
 @pytest.mark.parametrize("data", ["abc", None, 5, [1, 2], object()])

@@ -326,6 +326,24 @@ FEATURES = {
 }
 
 
+@pytest.mark.parametrize("number", FEATURES["nowait_reads"])
+@pytest.mark.anyio
+async def test_refused_looks_are_remembered(number: int, tmp_path: Path) -> None:
+    """Where reads that do not wait cannot be had, they are not tried again: mincore is asked."""
+    kernel = FakeKernel()
+    kernel.lack("nowait_reads", error=number)
+    async with map_class(kernel).open_path(file_of(tmp_path, inc(SIZE))) as m:
+        await m.load()
+        assert await m.read_at(0, 100) == inc(100)
+        assert kernel.names("read_nowait")
+        kernel.calls.clear()
+        before = m.statistics().loads_off_loop
+        for _ in range(5):
+            assert await m.read_at(0, 100) == inc(100)
+        assert not kernel.names("read_nowait")
+        assert m.statistics().loads_off_loop == before
+
+
 @pytest.mark.parametrize(
     ("feature", "number"),
     [(feature, number) for feature, numbers in FEATURES.items() for number in numbers],

@@ -7,7 +7,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import anyio
@@ -792,6 +792,49 @@ class TestLoad:
             assert stats.bytes_loaded == 3 * PAGE + 10
             await m.load(5, 0)
             assert m.statistics() == stats
+
+
+class TestNothingByHalves:
+    """What is known to fail beforehand changes nothing, however many pieces it would have had."""
+
+    @pytest.fixture
+    async def shorter(self, tmp_path: Path) -> AsyncIterator[tuple[AsyncMmap, Path]]:
+        """A map of 4 MiB of zeros whose file has been cut to 3 MiB."""
+        path = file_of(tmp_path, bytes(4 * MIB))
+        async with AsyncMmap.open_path(path, "r+") as m:
+            os.truncate(path, 3 * MIB)
+            yield m, path
+            await m.aclose(flush=False)
+
+    async def test_write_at_beside_other_large_uses(self, shorter: tuple[AsyncMmap, Path]) -> None:
+        """Others make the pieces smaller."""
+        m, path = shorter
+        pager = m._core.pager
+        pager._piece.bytes = 16 * MIB
+        others = [pager._piece.pieces(0, 64 * MIB) for _ in range(16)]
+        for each in others:
+            next(each)
+        with pytest.raises(TruncatedError, match="bytes 0 to 4194304 "):
+            await m.write_at(0, b"x" * (4 * MIB))
+        assert path.read_bytes() == bytes(3 * MIB)
+
+    async def test_move_from_behind_the_end(self, shorter: tuple[AsyncMmap, Path]) -> None:
+        """The source is looked at, too, and the error names it."""
+        m, path = shorter
+        await m.write_at(2 * MIB, b"x" * MIB)
+        before = path.read_bytes()
+        with pytest.raises(TruncatedError, match="bytes 2097152 to 4194304 "):
+            await m.move(0, 2 * MIB, 2 * MIB)
+        assert path.read_bytes() == before
+
+    async def test_a_writable_view_behind_the_end_takes_no_blocks(self, tmp_path: Path) -> None:
+        """Room is made for stores only where they would find the file."""
+        path = file_of(tmp_path, 64 * MIB)
+        async with AsyncMmap.open_path(path, "r+") as m:
+            os.truncate(path, 0)
+            with pytest.raises(TruncatedError):
+                await m.view_mut()
+        assert path.stat().st_blocks == 0
 
 
 class TestStores:

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio import ClosedResourceError, WouldBlock, to_thread
+from anyio import BusyResourceError, ClosedResourceError, WouldBlock, to_thread
 from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, DeadlockError, TruncatedError
@@ -349,6 +349,43 @@ async def test_pieces_of_a_slow_disk_are_small(
         async for _ in m.windows(64 << 10, length=12 << 20):
             pass
         assert loads(kernel)[-1].arguments[1] <= 256 << 10
+
+
+async def test_of_two_tasks_one_is_refused(m: AsyncMmap) -> None:
+    """Windows belong to one task; another one's step is an error, and takes nothing away."""
+    windows = m.windows(4096)
+    held = await m.view_mut(0, 1)
+    seen = []
+
+    async def step() -> None:
+        seen.append(bytes(await anext(windows)))
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(step)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(BusyResourceError):
+            await anext(windows)
+        await held.aclose()
+    assert seen == [inc(4096)]
+    await windows.aclose()
+
+
+async def test_a_kept_error_keeps_no_stream(tmp_path: Path, kernel: FakeKernel) -> None:
+    """Who keeps what ended a loop over windows keeps neither their loads nor their share."""
+    kernel.fail("read_nowait", errno.EAGAIN)
+    kernel.fail("resident", errno.EAGAIN)
+    path = file_of(tmp_path, 4 << 20)
+    async with Mmap.open_path(path) as m:
+
+        async def scan() -> None:
+            async for _ in m.windows(64 << 10):
+                os.truncate(path, 0)
+
+        with pytest.raises(TruncatedError) as kept:
+            await scan()
+        await checkpoint()
+        assert kept.value.size == 0
+        assert not m._core.pager._streamed._users
 
 
 async def test_no_more_pieces_are_under_way_than_threads_take(

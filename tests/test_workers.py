@@ -20,7 +20,7 @@ from aiommap._batch_crew import BatchCrew
 from aiommap._crew import Crew, Request, Seat
 from aiommap._event_loop import current_event_loop
 from aiommap._stream_crew import StreamCrew
-from aiommap._workers import finish, run, start
+from aiommap._workers import acquire_token, finish, run, start
 
 from .cancelling import let_others_run, on_asyncio, on_trio
 from .clock import Clock
@@ -417,6 +417,38 @@ class TestFinish:
             await task
 
 
+class TestTokens:
+    @pytest.mark.parametrize("free", [True, False])
+    async def test_a_cancelled_one_is_not_lost(self, free: bool) -> None:
+        """Whether the token is there at once, where anyio before 4.16 lost it, or comes later."""
+        limiter = CapacityLimiter(1)
+        if not free:
+            limiter.acquire_on_behalf_of_nowait("somebody")
+        loop = current_event_loop()
+        got = []
+
+        async def acquire() -> None:
+            borrower = object()
+            await acquire_token(loop, limiter, borrower)
+            got.append(borrower)
+
+        if free:
+            # No checkpoint: there is no place where a cancellation could take it away.
+            coroutine = acquire()
+            with pytest.raises(StopIteration):
+                coroutine.send(None)
+            limiter.release_on_behalf_of(got.pop())
+        else:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(acquire)
+                await let_others_run()
+                limiter.release_on_behalf_of("somebody")
+                tasks.cancel_scope.cancel()
+            for borrower in got:
+                limiter.release_on_behalf_of(borrower)
+        assert limiter.borrowed_tokens == 0
+
+
 class TestCrew:
     async def test_a_batch(self) -> None:
         """Requests that wait are taken together, and all are announced before one is done."""
@@ -455,6 +487,49 @@ class TestCrew:
         # The last one is alone, and done at once.
         names = [name for name, _ in log]
         assert names == [*["announce"] * 3, "perform", *["announce"] * 2, "perform", "perform"]
+
+    async def test_a_large_one_takes_no_others_along(self) -> None:
+        """Short ones are done together with each other; behind a long one they would wait."""
+        crew = new_crew(threads=2)
+        crew._some = 16
+        gate = Gate()
+        large = Errand(gate)
+        small = [Errand() for _ in range(8)]
+        for each in small:
+            each.together = True
+        async with anyio.create_task_group() as tasks:
+            for each in (large, *small):
+                tasks.start_soon(crew.do, each)
+            await gate.wait_reached()
+            with anyio.fail_after(PATIENCE):
+                while not all(each.done for each in small):
+                    await checkpoint()
+            assert not large.done
+            gate.open.set()
+
+    async def test_who_leaves_does_not_look_at_those_who_left(self) -> None:
+        """Where many wait for a token and all are cancelled, each looks for the next one once."""
+        limiter = CapacityLimiter(1)
+        limiter.acquire_on_behalf_of_nowait("somebody")
+        crew = new_crew(limiter)
+        async with anyio.create_task_group() as tasks:
+            requests = [Errand() for _ in range(50)]
+            for each in requests:
+                tasks.start_soon(crew.do, each)
+            await let_others_run()
+            assert len(crew._waiting) == 50
+            for each in list(crew._waiting)[:40]:
+                crew.abandon(each)
+            crew._begging = False  # as if that one had left, too
+            crew._call_next()
+            crew._begging = True
+            assert len(crew._waiting) == 10
+            assert crew._dropped == 0
+            tasks.cancel_scope.cancel()
+        limiter.release_on_behalf_of("somebody")
+        done = Errand()
+        await crew.do(done)
+        assert done.done
 
     async def test_at_most_batch_at_once(self) -> None:
         """No more requests than was said are announced and not done; the rest follows."""
