@@ -84,7 +84,7 @@ class Mapping(MappedMemory):
         How many pages may be read ahead of who goes on from page to page, without being told.
 
         Twice as many as the kernel does, up to 256 KiB: it goes on before the last one is needed,
-        and we do not. None where it does not, or was told that pages are used at random.
+        and we do not. 0 where it reads none, or was told that pages are used at random.
         """
         if self.file is None or self.used_at_random:
             return 0
