@@ -392,10 +392,12 @@ class Crew(Generic[R]):
                 request.error = error
 
     def _deliver_and_retire(self, seat: Seat[R]) -> None:
-        self._deliver(seat.requests)
-        token, seat.token = seat.token, None
-        if token is not None:  # else it comes twice, or was sent away
-            self._retire(token)
+        try:
+            self._deliver(seat.requests)
+        finally:
+            token, seat.token = seat.token, None
+            if token is not None:  # else it comes twice, or was sent away
+                self._retire(token)
 
     def _pop(self, most: int, requests: list[R]) -> None:
         """Add the next requests that somebody wants; none while others wait for the limiter."""

@@ -16,9 +16,10 @@ import mmap
 import os
 import resource
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from typing import Any
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
@@ -70,27 +71,26 @@ _statx = foreign(
     ctypes.c_uint,
     ctypes.c_void_p,
 )
-_cachestat_types = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
-_syscall = foreign(_libc, "syscall", ctypes.c_long, *_cachestat_types)
-# With the GIL: a few pages are counted faster than it is given away and taken back.
-_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
-_syscall_with_gil = foreign(_libc_with_gil, "syscall", ctypes.c_long, *_cachestat_types)
 _preadv2_types = (ctypes.c_int, _address, ctypes.c_int, _offset, ctypes.c_int)
+# With the GIL: what does not wait is done faster than it is given away and taken back.
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 _preadv2 = foreign(_libc_with_gil, "preadv64v2", ctypes.c_ssize_t, *_preadv2_types) or foreign(
     _libc_with_gil, "preadv2", ctypes.c_ssize_t, *_preadv2_types
 )
 _memfd_create = foreign(_libc, "memfd_create", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-_process_madvise = foreign(
-    _libc,
-    "syscall",
-    ctypes.c_long,
-    ctypes.c_long,
-    ctypes.c_long,
-    _address,
-    _size,
-    ctypes.c_long,
-    ctypes.c_ulong,
-)
+
+
+def _by_number(library: ctypes.CDLL, *arguments: Any) -> Callable[..., int] | None:
+    # Calls so new have the same numbers on all architectures but these.
+    if os.uname().machine.startswith(("mips", "alpha")):
+        return None
+    return foreign(library, "syscall", ctypes.c_long, ctypes.c_long, *arguments)
+
+
+_cachestat_types = (ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
+_syscall = _by_number(_libc, *_cachestat_types)
+_syscall_with_gil = _by_number(_libc_with_gil, *_cachestat_types)
+_process_madvise = _by_number(_libc, ctypes.c_long, _address, _size, ctypes.c_long, ctypes.c_ulong)
 
 _MS_SYNC = 4
 _MADV_POPULATE_READ = 22
@@ -98,7 +98,6 @@ _MADV_POPULATE_WRITE = 23
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE_WRITE_AND_WAIT = 1 | 2 | 4
 _FALLOC_FL_KEEP_SIZE = 1
-_MAP_STACK = 0x20000
 _MAP_HUGETLB = 0x40000
 _RWF_NOWAIT = 8
 _MFD_CLOEXEC = 1
@@ -119,7 +118,7 @@ _SYS_PROCESS_MADVISE = 440
 # the same memory.
 _PIDFD_SELF = -10000
 _MADV_WILLNEED = 3
-_SYS_CACHESTAT = 451  # the same number on every architecture
+_SYS_CACHESTAT = 451
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
 
 _ADVICE = {
@@ -418,7 +417,7 @@ def memory_file(length: int, *, huge: bool) -> int | None:
 def map_memory(length: int, protection: Protection, *, stack: bool, huge: bool) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE if protection is Protection.READ_COPY else mmap.MAP_SHARED
     flags |= mmap.MAP_ANONYMOUS
-    flags |= (_MAP_STACK if stack else 0) | (_MAP_HUGETLB if huge else 0)
+    flags |= (mmap.MAP_STACK if stack else 0) | (_MAP_HUGETLB if huge else 0)
     return mmap.mmap(-1, length, flags=flags, prot=_PROT[protection])
 
 
