@@ -116,14 +116,17 @@ class Windows:
         arguments
     :ivar refused: per function, the errors that its next calls fail with; 0 goes well
     :ivar missing: functions that this Windows does not have
+    :ivar fat: the files are on FAT or exFAT, which do not know all queries
     """
 
     ERROR_HANDLE_EOF, ERROR_PARTIAL_COPY, ERROR_LOCK_VIOLATION = 38, 299, 33
+    ERROR_INVALID_PARAMETER = 87
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.refused: dict[str, list[int]] = {}
         self.missing = missing
+        self.fat = False
         self.attributes = 0x20
         self.allocated: dict[int, int] = {}
         self._last_error = 0
@@ -192,8 +195,12 @@ class Windows:
         self, handle: int, kind: int, info: int, size: int
     ) -> int:
         status = os.fstat(handle)
+        if kind == 9 and self.fat:
+            return self._fails(self.ERROR_INVALID_PARAMETER)
         if kind == 9:
             data = struct.pack("@II", self.attributes, 0)
+        elif kind == 0:
+            data = struct.pack("@qqqqI4x", 0, 0, 0, 0, self.attributes)
         else:
             assert kind == 1
             allocated = self.allocated.get(status.st_ino, status.st_size)

@@ -27,6 +27,7 @@ from aiommap._kernel._guarded_copy import copy_until_missing
 from aiommap._kernel._map_registry import MapRegistry
 from aiommap._options import Advice, Protection
 
+from .flushing import mapped_by
 from .foreign_platforms import Darwin, Windows
 from .kernel_witnesses import PAGE, Answers, OpenFile, pattern, run_python
 
@@ -521,6 +522,26 @@ def test_windows_cannot_reserve_in_sparse_and_compressed_files(
     """They can have holes, which nothing fills in place."""
     windows.attributes |= attribute
     assert not windows.module.reserve(file.fd, 0, PAGE, grow=False)
+
+
+def test_windows_reserves_on_fat(windows: Windows, file: OpenFile) -> None:
+    """FAT and exFAT do not know every query; what they cannot tell is False and no error."""
+    windows.fat = True
+    assert windows.module.reserve(file.fd, 0, 16 * PAGE, grow=True)
+    assert os.fstat(file.fd).st_size == 16 * PAGE
+    for answers in ([87], [0, 87]):
+        windows.refused["GetFileInformationByHandleEx"] = answers
+        assert not windows.module.reserve(file.fd, 0, 32 * PAGE, grow=True)
+    assert os.fstat(file.fd).st_size == 16 * PAGE
+
+
+@pytest.mark.anyio
+async def test_windows_creates_and_grows_on_fat(windows: Windows, tmp_path: Path) -> None:
+    """create() and resize() make files on a memory card too."""
+    windows.fat = True
+    async with mapped_by(windows.module).create(tmp_path / "new", 4 * PAGE) as m:
+        await m.resize(16 * PAGE)
+    assert (tmp_path / "new").stat().st_size == 16 * PAGE
 
 
 def test_windows_reports_a_full_disk_and_a_file_system_that_cannot(
