@@ -49,6 +49,7 @@ class Darwin:
 
     :ivar calls: ``("fcntl", command, ...)`` and ``("msync", flags)`` in order
     :ivar refused: commands of fcntl, and the errno that they fail with, next first
+    :ivar read_only: the files are on a read-only HFS volume, which refuses even to flush
     """
 
     MSYNC_ASYNC, MSYNC_SYNC = 1, 0x10
@@ -57,6 +58,7 @@ class Darwin:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.refused: dict[int, list[int]] = {}
+        self.read_only = False
         self._fcntl = fcntl.fcntl
         portable = load_module("darwin", "_portable", monkeypatch)
         self.module = load_module("darwin", "_darwin", monkeypatch)
@@ -76,6 +78,9 @@ class Darwin:
             self.calls.append(("fcntl", command, "refused"))
             error = self.refused[command].pop(0)
             raise OSError(error, os.strerror(error))
+        if self.read_only and command in (self.PREALLOCATE, self.FULLFSYNC):
+            self.calls.append(("fcntl", command, "refused"))
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if command == self.FULLFSYNC:
             self.calls.append(("fcntl", command))
             os.fsync(fd)

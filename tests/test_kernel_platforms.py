@@ -350,12 +350,39 @@ def test_darwin_reports_what_the_medium_says(darwin: Darwin, file: OpenFile) -> 
 
 def test_darwin_flushes_before_it_maps(darwin: Darwin, file: OpenFile) -> None:
     """mmap.mmap() flushes the file with the GIL held and drops the error; ours comes before."""
-    memory = darwin.module.map_file(file.fd, PAGE, Protection.READ, 0)
+    memory = darwin.module.map_file(file.fd, PAGE, Protection.READ_WRITE, 0)
     assert len(memory) == PAGE
     assert darwin.calls == [("fcntl", Darwin.FULLFSYNC)]
     darwin.refused[Darwin.FULLFSYNC] = [errno.EIO]
     with pytest.raises(OSError, match="Input/output error"):
-        darwin.module.map_file(file.fd, PAGE, Protection.READ, 0)
+        darwin.module.map_file(file.fd, PAGE, Protection.READ_WRITE, 0)
+
+
+READING = [each for each in Protection if each is not Protection.READ_WRITE]
+
+
+@pytest.mark.parametrize("protection", READING)
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EIO])
+def test_darwin_maps_for_reading_what_it_cannot_flush(
+    darwin: Darwin, file: OpenFile, protection: Protection, error: int
+) -> None:
+    """Who only reads the file has nothing to flush, and no use for the error."""
+    darwin.refused[Darwin.FULLFSYNC] = [error]
+    memory = darwin.module.map_file(file.fd, PAGE, protection, 0)
+    assert len(memory) == PAGE
+    assert darwin.calls == [("fcntl", Darwin.FULLFSYNC, "refused")]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("protection", READING)
+async def test_darwin_opens_files_on_a_read_only_volume(
+    darwin: Darwin, file: OpenFile, protection: Protection
+) -> None:
+    """HFS answers every flush there with EROFS; reading takes none."""
+    darwin.read_only = True
+    async with mapped_by(darwin.module).open_path(file.path, protection) as m:
+        assert await m.read_at(PAGE, 3) == b"\1\1\1"
+        await m.flush()
 
 
 def test_darwin_syncs_directories_to_the_medium(darwin: Darwin, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ place on ARM, and it releases the GIL.
 * ``fsync`` stops at the disk's cache; ``fcntl(F_FULLFSYNC)`` goes on to the medium (fsync(2)).
   Neither need know of stores through a map, so ``msync`` comes first.
 * ``mmap.mmap()`` itself does a F_FULLFSYNC of the file, holding the GIL and dropping the error
-  (Modules/mmapmodule.c, "Issue #11277"). :func:`map_file` does one before it, without the GIL
-  and with the error, so that there is little left to wait for; the rest is CPython's.
+  (Modules/mmapmodule.c, "Issue #11277"). :func:`map_file` does one before it, without the GIL,
+  so that there is little left to wait for, and with the error where stores are meant to reach
+  the file; the rest is CPython's.
 * ``mach_vm_read_overwrite`` on ourselves is no guarded copy: from some size on it shares pages
   copy-on-write instead of touching them, and the fault comes with the first use of the copy.
   The pipe of :mod:`._portable` touches them all.
@@ -192,7 +193,13 @@ def will_need(fd: int, offset: int, length: int) -> None:
 
 
 def map_file(fd: int, length: int, protection: Protection, offset: int) -> mmap.mmap:
-    _full_sync(fd)
+    try:
+        _full_sync(fd)
+    except OSError:
+        # Through other maps no store reaches the file, and what cannot be flushed can still be
+        # read: HFS says EROFS of every file on a read-only volume.
+        if protection is Protection.READ_WRITE:
+            raise
     return _portable.map_file(fd, length, protection, offset)
 
 
