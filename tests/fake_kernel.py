@@ -399,6 +399,10 @@ class FakeKernel:
     def map_granularity(self) -> int:
         return self.kernel.map_granularity
 
+    @property
+    def map_file_flushes(self) -> bool:
+        return self.kernel.map_file_flushes
+
     def duplicate(self, fd: int) -> int:
         self._track(fd)
         return self._call(self.kernel.duplicate, "duplicate", fd)

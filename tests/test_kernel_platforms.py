@@ -19,9 +19,11 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from aiommap import AsyncMmap, FlushError, TruncatedError
 from aiommap._kernel import _portable, address_of
 from aiommap._kernel._guarded_copy import copy_until_missing
 from aiommap._kernel._map_registry import MapRegistry
@@ -383,6 +385,61 @@ async def test_darwin_opens_files_on_a_read_only_volume(
     async with mapped_by(darwin.module).open_path(file.path, protection) as m:
         assert await m.read_at(PAGE, 3) == b"\1\1\1"
         await m.flush()
+
+
+def _set_read_only(m: AsyncMmap) -> Awaitable[None]:
+    return m.set_protection("r")
+
+
+def _shrink(m: AsyncMmap) -> Awaitable[None]:
+    return m.resize(PAGE)
+
+
+def _grow(m: AsyncMmap) -> Awaitable[None]:
+    return m.resize(8 * PAGE)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("change", [_set_read_only, _shrink, _grow])
+@pytest.mark.parametrize("cut", [False, True])
+async def test_darwin_a_flush_that_fails_in_a_change_stays_failed(
+    darwin: Darwin, file: OpenFile, change: Callable[[AsyncMmap], Awaitable[None]], cut: bool
+) -> None:
+    """The device says once that it could not write; every flush from then on is a FlushError."""
+    async with mapped_by(darwin.module).open_path(file.path, "r+") as m:
+        await m.write_at(0, b"data")
+        if cut:  # by somebody else, to less than half
+            os.ftruncate(file.fd, PAGE)
+        darwin.refused[Darwin.FULLFSYNC] = [errno.EIO]
+        with suppress(TruncatedError):
+            await change(m)
+        assert darwin.refused[Darwin.FULLFSYNC] == []
+        for _ in range(2):
+            with pytest.raises(FlushError, match="Input/output error"):
+                await m.flush()
+        await m.clear_flush_error()
+        os.ftruncate(file.fd, 8 * PAGE)
+        await m.flush()
+
+
+@pytest.mark.anyio
+async def test_darwin_flushes_before_a_change_what_was_written(
+    darwin: Darwin, file: OpenFile
+) -> None:
+    """The maps are handed over first, as by any flush; without a store there is nothing to do."""
+    async with mapped_by(darwin.module).open_path(file.path, "r+") as m:
+        darwin.calls.clear()
+        await m.set_protection("r")
+        assert darwin.calls == [("fcntl", Darwin.FULLFSYNC)]
+        await m.set_protection("r+")
+        await m.write_at(0, b"data")
+        darwin.calls.clear()
+        await m.set_protection("r")
+        assert darwin.calls == [
+            ("msync", Darwin.MSYNC_SYNC),
+            ("fcntl", Darwin.FULLFSYNC),
+            ("fcntl", Darwin.FULLFSYNC),
+        ]
 
 
 def test_darwin_syncs_directories_to_the_medium(darwin: Darwin, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ from ._portable import will_need_many as will_need_many
 from ._portable import write_back as write_back
 from ._protocol import Capabilities
 
+map_file_flushes = True
+
 _F_PREALLOCATE = 42
 _F_RDADVISE = 44
 _F_FULLFSYNC = 51

@@ -63,6 +63,10 @@ class Kernel(Protocol):
     def map_granularity(self) -> int:
         """What the offset of a map must be a multiple of."""
 
+    @property
+    def map_file_flushes(self) -> bool:
+        """Whether :meth:`map_file` flushes the file, and may keep to itself that it failed."""
+
     # Files
 
     def duplicate(self, fd: int) -> int:

@@ -43,6 +43,7 @@ from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
+map_file_flushes = False
 
 
 class _Overlapped(ctypes.Structure):
