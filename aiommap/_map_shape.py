@@ -39,7 +39,8 @@ class MapShape(MapAccess):
         :raises PermissionError: the map is not writable
         :raises ValueError: READ_COPY of a file; or it would cut off what the file has behind
             the map
-        :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM
+        :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM; ENOTSUP on Windows, where the file of a
+            map cannot be made shorter: close all maps of it and truncate it
         """
         core = self._core
         core.check()

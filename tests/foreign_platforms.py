@@ -125,7 +125,7 @@ class Windows:
     """
 
     ERROR_HANDLE_EOF, ERROR_PARTIAL_COPY, ERROR_LOCK_VIOLATION = 38, 299, 33
-    ERROR_INVALID_PARAMETER = 87
+    ERROR_INVALID_PARAMETER, ERROR_USER_MAPPED_FILE = 87, 1224
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -221,6 +221,8 @@ class Windows:
         self.calls.append(("SetFileInformationByHandle", kind, value))
         assert size == 8
         if kind == 6:
+            if value < os.fstat(handle).st_size and self.module.maps.of_file(handle):
+                return self._fails(self.ERROR_USER_MAPPED_FILE)
             os.ftruncate(handle, value)
         else:
             assert kind == 5

@@ -587,6 +587,53 @@ def test_windows_grows_without_writing_zeros(windows: Windows, file: OpenFile) -
     assert windows.calls == [("SetFileInformationByHandle", 6, 1 << 30)]
 
 
+def test_windows_does_not_cut_a_file_that_is_mapped(windows: Windows, file: OpenFile) -> None:
+    """ERROR_USER_MAPPED_FILE, as long as there is a map of whatever part of it."""
+    assert not windows.module.cuts_mapped_files
+    memory = windows.module.map_file(file.fd, PAGE, Protection.READ, 0)
+    with pytest.raises(OSError, match="error 1224"):
+        windows.module.set_file_size(file.fd, 3 * PAGE)
+    windows.module.set_file_size(file.fd, 5 * PAGE)
+    memory.close()
+    del memory
+    windows.module.set_file_size(file.fd, PAGE)
+    assert os.fstat(file.fd).st_size == PAGE
+
+
+@pytest.mark.anyio
+async def test_windows_refuses_to_shrink_a_map_of_a_file(windows: Windows, file: OpenFile) -> None:
+    """An error with the path, before anything has changed; growing, and memory, are fine."""
+    async with mapped_by(windows.module).open_path(file.path, "r+", offset=PAGE) as m:
+        address = m.ptr()
+        with pytest.raises(OSError, match="cannot cut a file that is mapped") as caught:
+            await m.resize(PAGE)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOTSUP, str(file.path))
+        assert (m.ptr(), len(m), os.fstat(file.fd).st_size) == (address, 3 * PAGE, 4 * PAGE)
+        assert windows.calls == []
+        await m.resize(5 * PAGE)
+        assert (len(m), os.fstat(file.fd).st_size) == (5 * PAGE, 6 * PAGE)
+        assert await m.read_at(0, 1) == b"\1"
+    async with mapped_by(windows.module).anonymous(3 * PAGE) as m:
+        await m.resize(PAGE)
+        assert len(m) == PAGE
+
+
+@pytest.mark.anyio
+async def test_windows_a_map_that_cannot_grow_says_why(
+    windows: Windows, file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file keeps its new size where it cannot be cut; the first error is the caller's."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async with mapped_by(windows.module).open_path(file.path, "r+") as m:
+        monkeypatch.setattr(windows.module, "map_file", refuse)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            await m.resize(8 * PAGE)
+        assert (len(m), os.fstat(file.fd).st_size) == (4 * PAGE, 8 * PAGE)
+
+
 def test_windows_reserves_upwards_only(windows: Windows, file: OpenFile) -> None:
     """The allocation grows to the end of the range; below the size it would cut the file."""
     assert windows.module.reserve(file.fd, 0, PAGE, grow=True)

@@ -37,6 +37,7 @@ from ._portable import cached_pages as cached_pages
 from ._portable import can_reserve, hand_over, maps, msync, works
 from ._portable import copy as copy
 from ._portable import copy_many as copy_many
+from ._portable import cuts_mapped_files as cuts_mapped_files
 from ._portable import disk_queue as disk_queue
 from ._portable import duplicate as duplicate
 from ._portable import file_is_in_memory as file_is_in_memory

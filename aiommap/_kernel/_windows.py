@@ -44,6 +44,7 @@ from ._protocol import Buffer, Capabilities, Scratch
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
 map_file_flushes = False
+cuts_mapped_files = False
 
 
 class _Overlapped(ctypes.Structure):
