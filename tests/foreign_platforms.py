@@ -17,6 +17,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Windows:
     """
 
     ERROR_HANDLE_EOF, ERROR_PARTIAL_COPY, ERROR_LOCK_VIOLATION = 38, 299, 33
-    ERROR_INVALID_PARAMETER, ERROR_USER_MAPPED_FILE = 87, 1224
+    ERROR_SHARING_VIOLATION, ERROR_INVALID_PARAMETER, ERROR_USER_MAPPED_FILE = 32, 87, 1224
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -147,6 +148,15 @@ class Windows:
             monkeypatch.setattr(ctypes, name, value, raising=False)
         self.module = load_module("win32", "_windows", monkeypatch)
         monkeypatch.setattr(sys, "platform", "linux")
+        self._real_unlink = os.unlink
+        monkeypatch.setattr(os, "unlink", self._unlink)
+
+    def _unlink(self, path: Any, **options: Any) -> None:
+        if _is_open(path):
+            error = PermissionError(errno.EACCES, "error 32 of Windows", path)
+            error.winerror = self.ERROR_SHARING_VIOLATION  # type: ignore[attr-defined]
+            raise error
+        self._real_unlink(path, **options)
 
     @staticmethod
     def _win_error(code: int) -> OSError:
@@ -288,6 +298,15 @@ class Windows:
         self.calls.append(("VirtualUnlock", address, length))
         native.unpin(address, length)
         return 1
+
+
+def _is_open(path: Any) -> bool:
+    """Whether this process has the file open, or mapped: maps have a descriptor each."""
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # of the listing itself, or a path that leads nowhere
+            if os.path.samestat(os.fstat(int(fd)), os.lstat(path)):
+                return True
+    return False
 
 
 def is_capabilities(value: Capabilities) -> bool:

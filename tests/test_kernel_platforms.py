@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import anyio
 import pytest
 
 if sys.platform != "linux":
@@ -24,11 +25,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from aiommap import AsyncMmap, FlushError, TruncatedError
+from aiommap._event_loop import current_event_loop
 from aiommap._kernel import _portable, address_of
 from aiommap._kernel._guarded_copy import copy_until_missing
 from aiommap._kernel._map_registry import MapRegistry
 from aiommap._options import Advice, Protection
 
+from .fake_kernel import FakeKernel
 from .flushing import mapped_by
 from .foreign_platforms import Darwin, Windows
 from .kernel_witnesses import PAGE, Answers, OpenFile, pattern, run_python
@@ -632,6 +635,63 @@ async def test_windows_a_map_that_cannot_grow_says_why(
         with pytest.raises(OSError, match="Cannot allocate memory"):
             await m.resize(8 * PAGE)
         assert (len(m), os.fstat(file.fd).st_size) == (4 * PAGE, 8 * PAGE)
+
+
+def test_windows_keeps_the_name_of_a_file_in_use(windows: Windows, tmp_path: Path) -> None:
+    """ERROR_SHARING_VIOLATION, for what is open and for what is only mapped."""
+    path = tmp_path / "file"
+    with OpenFile(path) as opened:
+        with pytest.raises(PermissionError, match="error 32"):
+            os.unlink(path)
+        memory = windows.module.map_file(opened.fd, PAGE, Protection.READ, 0)
+    with pytest.raises(PermissionError, match="error 32"):
+        os.unlink(path)
+    memory.close()
+    os.unlink(path)
+    assert os.listdir(tmp_path) == []
+
+
+CREATING = ("reserve", "sync_all", "sync_directory", "map_file")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("call", CREATING)
+async def test_windows_a_create_that_fails_leaves_no_file(
+    windows: Windows, tmp_path: Path, call: str
+) -> None:
+    """It is unlinked after it was closed; a file that was there stays."""
+    kernel = FakeKernel(windows.module)
+    kernel.fail(call, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        await mapped_by(kernel).create(tmp_path / "new", PAGE)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "old").write_bytes(b"old")
+    with pytest.raises(OSError, match="Input/output error"):
+        await mapped_by(kernel).create(tmp_path / "old", PAGE, exist_ok=True)
+    assert (tmp_path / "old").read_bytes()[:3] == b"old"
+    os.unlink(tmp_path / "old")  # it is closed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("call", CREATING)
+async def test_windows_a_create_that_is_cancelled_leaves_no_file(
+    windows: Windows, tmp_path: Path, call: str
+) -> None:
+    """It is unlinked after it was unmapped and closed."""
+    kernel = FakeKernel(windows.module)
+    loop = current_event_loop()
+    entered = anyio.Event()
+    with kernel.hold(call, on_enter=lambda: loop.post(entered.set)) as hold:
+        async with anyio.create_task_group() as tg:
+
+            async def run() -> None:
+                await mapped_by(kernel).create(tmp_path / "new", PAGE)
+
+            tg.start_soon(run)
+            await entered.wait()
+            tg.cancel_scope.cancel()
+            hold.release.set()
+    assert os.listdir(tmp_path) == []
 
 
 def test_windows_reserves_upwards_only(windows: Windows, file: OpenFile) -> None:
