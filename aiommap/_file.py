@@ -206,7 +206,8 @@ def create_file(
     except BaseException:
         if created:
             remove_file(file)
-        file.close()
+        else:
+            file.close()
         raise
     return file, created
 
@@ -253,12 +254,19 @@ def _write_zeros(file: File, length: int) -> None:
 
 
 def remove_file(file: File) -> None:
-    """Take a file that we created back, unless the name is another file's by now."""
+    """
+    Close a file that we created, and take it back unless the name is another file's by now.
+
+    It must not be mapped any more: Windows keeps the name of what is mapped or open.
+    """
     assert file.filename is not None
-    try:
-        ours = os.fstat(file.fd)
-        theirs = os.stat(file.filename, follow_symlinks=False)
+    # Gone already, or it has to stay; the error on its way says more.
+    with suppress(OSError):
+        try:
+            # Before it is closed: a number that is free is soon another file's.
+            ours = os.fstat(file.fd)
+            theirs = os.stat(file.filename, follow_symlinks=False)
+        finally:
+            file.close()
         if os.path.samestat(ours, theirs):
             os.unlink(file.filename)
-    except OSError:
-        return  # gone already, or it has to stay; the error on its way says more

@@ -31,7 +31,7 @@ class MapShape(MapAccess):
 
         Waits until no region is held. Growing reserves blocks; the new size is durable with
         the next flush. Addresses change, pins and advice end. After an error or a cancellation
-        the map is the old or the new one, whole.
+        the map is the old or the new one, whole. On macOS it flushes what was written first.
 
         :param length: bytes, at least 1
         :raises DeadlockError: the task has a view of the map
@@ -39,7 +39,8 @@ class MapShape(MapAccess):
         :raises PermissionError: the map is not writable
         :raises ValueError: READ_COPY of a file; or it would cut off what the file has behind
             the map
-        :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM
+        :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM; ENOTSUP on Windows, where the file of a
+            map cannot be made shorter: close all maps of it and truncate it
         """
         core = self._core
         core.check()
@@ -70,7 +71,8 @@ class MapShape(MapAccess):
         Map the same bytes with another protection. A checkpoint.
 
         Waits until no region is held. READ, READ_WRITE and READ_EXECUTE change into each
-        other as far as the descriptor's rights go. Addresses change, pins and advice end.
+        other as far as the descriptor's rights go. Addresses change, pins and advice end. On
+        macOS it flushes what was written first.
 
         :raises DeadlockError: the task has a view of the map
         :raises BufferError: raw buffers are out; nothing has changed
@@ -93,6 +95,7 @@ class MapShape(MapAccess):
 
     async def _reshape(self, change: Callable[[], Mapping]) -> None:
         core = self._core
+        await core.flush_before_mapping()
         if core.mapping.exported():
             raise BufferError(
                 "cannot change the map while buffers of its memory are out: release or delete "

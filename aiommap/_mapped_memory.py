@@ -125,9 +125,13 @@ class MappedMemory:
     finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)
     """Runs what ends a mapping whose last user is gone; the map's makes that a worker's task."""
 
-    def discard(self) -> None:
-        """Unmap and close now: for a mapping that nobody has got, see :meth:`File.close`."""
+    def unmap(self) -> None:
+        """Unmap now: for a mapping that nobody has got, see :meth:`File.close`."""
         self._map.close()
+
+    def discard(self) -> None:
+        """As :meth:`unmap`, and close the file."""
+        self.unmap()
         if self.file is not None:
             self.file.close()
 

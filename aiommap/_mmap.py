@@ -203,7 +203,8 @@ class AsyncMmap(MapShape):
             except BaseException:
                 if new:
                     remove_file(file)
-                file.close()
+                else:
+                    file.close()
                 raise
             made.append(new)
             return mapping
@@ -212,6 +213,7 @@ class AsyncMmap(MapShape):
 
         def discard(mapping: Mapping) -> None:
             if made[0] and mapping.file is not None:
+                mapping.unmap()
                 remove_file(mapping.file)
 
         return Opening(partial(cls._open, lambda: created, check_limiter(limiter), discard))

@@ -389,6 +389,16 @@ class OpenMap:
         finally:
             self._whole_flushes -= 1
 
+    async def flush_before_mapping(self) -> None:
+        """
+        Flush what was written, where mapping the file anew would do it and keep to itself what
+        could not be written. What fails here stays failed: the next flush says so.
+        """
+        if self.kernel.map_file_flushes and self._unflushed:
+            with suppress(OSError):
+                # As far as the file reaches: somebody may have truncated it.
+                await self.flush(0, await self.run(self.mapping.reach))
+
     @_workers.forgetful
     async def flush_async(self, offset: int, length: int) -> PendingFlush:
         """Start the write-back of a range."""

@@ -7,6 +7,7 @@ and the file fits it, or an error is raised and the old mapping is as it was.
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 from ._file import File
 from ._map_making import map_memory, remap
@@ -19,7 +20,7 @@ def resized(mapping: Mapping, length: int) -> Mapping:
     The same bytes with another length, and the file with it.
 
     :raises ValueError: the file reaches beyond the map, so cutting it would lose what is there
-    :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM
+    :raises OSError: ENOSPC, EDQUOT, EFBIG, ENOMEM; ENOTSUP: the platform cannot cut the file
     """
     file = mapping.file
     if file is None:
@@ -38,6 +39,15 @@ def _shrunk(mapping: Mapping, file: File, length: int) -> Mapping:
             f"the map ends at byte {end} of the file, which has {size}: shrinking to {length} "
             f"bytes would cut off what others keep behind it; map the file to its end first"
         )
+    if size > mapping.offset + length and not file.kernel.cuts_mapped_files:
+        # To unmap it first would take the memory from calls that are using it, and leave no map
+        # where it cannot be mapped again.
+        raise OSError(
+            errno.ENOTSUP,
+            "this platform cannot cut a file that is mapped: close all maps of it, then truncate "
+            "it and open it again",
+            file.filename,
+        )
     new = remap(file, mapping.protection, mapping.offset, length)
     # Last, because it is what cannot be taken back.
     if size > mapping.offset + length:
@@ -55,8 +65,10 @@ def _grown(mapping: Mapping, file: File, length: int) -> Mapping:
     try:
         return remap(file, mapping.protection, mapping.offset, length)
     except BaseException:
-        if file.size() == end:
-            file.set_size(size)
+        # Not on every platform while it is mapped; the error on its way says more.
+        with suppress(OSError):
+            if file.size() == end:
+                file.set_size(size)
         raise
 
 

@@ -399,6 +399,14 @@ class FakeKernel:
     def map_granularity(self) -> int:
         return self.kernel.map_granularity
 
+    @property
+    def map_file_flushes(self) -> bool:
+        return self.kernel.map_file_flushes
+
+    @property
+    def cuts_mapped_files(self) -> bool:
+        return self.kernel.cuts_mapped_files
+
     def duplicate(self, fd: int) -> int:
         self._track(fd)
         return self._call(self.kernel.duplicate, "duplicate", fd)

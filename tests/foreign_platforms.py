@@ -17,6 +17,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Darwin:
 
     :ivar calls: ``("fcntl", command, ...)`` and ``("msync", flags)`` in order
     :ivar refused: commands of fcntl, and the errno that they fail with, next first
+    :ivar read_only: the files are on a read-only HFS volume, which refuses even to flush
     """
 
     MSYNC_ASYNC, MSYNC_SYNC = 1, 0x10
@@ -57,6 +59,7 @@ class Darwin:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.refused: dict[int, list[int]] = {}
+        self.read_only = False
         self._fcntl = fcntl.fcntl
         portable = load_module("darwin", "_portable", monkeypatch)
         self.module = load_module("darwin", "_darwin", monkeypatch)
@@ -76,6 +79,9 @@ class Darwin:
             self.calls.append(("fcntl", command, "refused"))
             error = self.refused[command].pop(0)
             raise OSError(error, os.strerror(error))
+        if self.read_only and command in (self.PREALLOCATE, self.FULLFSYNC):
+            self.calls.append(("fcntl", command, "refused"))
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if command == self.FULLFSYNC:
             self.calls.append(("fcntl", command))
             os.fsync(fd)
@@ -116,14 +122,17 @@ class Windows:
         arguments
     :ivar refused: per function, the errors that its next calls fail with; 0 goes well
     :ivar missing: functions that this Windows does not have
+    :ivar fat: the files are on FAT or exFAT, which do not know all queries
     """
 
     ERROR_HANDLE_EOF, ERROR_PARTIAL_COPY, ERROR_LOCK_VIOLATION = 38, 299, 33
+    ERROR_SHARING_VIOLATION, ERROR_INVALID_PARAMETER, ERROR_USER_MAPPED_FILE = 32, 87, 1224
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.refused: dict[str, list[int]] = {}
         self.missing = missing
+        self.fat = False
         self.attributes = 0x20
         self.allocated: dict[int, int] = {}
         self._last_error = 0
@@ -139,6 +148,15 @@ class Windows:
             monkeypatch.setattr(ctypes, name, value, raising=False)
         self.module = load_module("win32", "_windows", monkeypatch)
         monkeypatch.setattr(sys, "platform", "linux")
+        self._real_unlink = os.unlink
+        monkeypatch.setattr(os, "unlink", self._unlink)
+
+    def _unlink(self, path: Any, **options: Any) -> None:
+        if _is_open(path):
+            error = PermissionError(errno.EACCES, "error 32 of Windows", path)
+            error.winerror = self.ERROR_SHARING_VIOLATION  # type: ignore[attr-defined]
+            raise error
+        self._real_unlink(path, **options)
 
     @staticmethod
     def _win_error(code: int) -> OSError:
@@ -192,8 +210,12 @@ class Windows:
         self, handle: int, kind: int, info: int, size: int
     ) -> int:
         status = os.fstat(handle)
+        if kind == 9 and self.fat:
+            return self._fails(self.ERROR_INVALID_PARAMETER)
         if kind == 9:
             data = struct.pack("@II", self.attributes, 0)
+        elif kind == 0:
+            data = struct.pack("@qqqqI4x", 0, 0, 0, 0, self.attributes)
         else:
             assert kind == 1
             allocated = self.allocated.get(status.st_ino, status.st_size)
@@ -209,6 +231,8 @@ class Windows:
         self.calls.append(("SetFileInformationByHandle", kind, value))
         assert size == 8
         if kind == 6:
+            if value < os.fstat(handle).st_size and self.module.maps.of_file(handle):
+                return self._fails(self.ERROR_USER_MAPPED_FILE)
             os.ftruncate(handle, value)
         else:
             assert kind == 5
@@ -274,6 +298,15 @@ class Windows:
         self.calls.append(("VirtualUnlock", address, length))
         native.unpin(address, length)
         return 1
+
+
+def _is_open(path: Any) -> bool:
+    """Whether this process has the file open, or mapped: maps have a descriptor each."""
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # of the listing itself, or a path that leads nowhere
+            if os.path.samestat(os.fstat(int(fd)), os.lstat(path)):
+                return True
+    return False
 
 
 def is_capabilities(value: Capabilities) -> bool:

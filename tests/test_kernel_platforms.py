@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+import anyio
 import pytest
 
 if sys.platform != "linux":
@@ -19,14 +20,19 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from aiommap import AsyncMmap, FlushError, TruncatedError
+from aiommap._event_loop import current_event_loop
 from aiommap._kernel import _portable, address_of
 from aiommap._kernel._guarded_copy import copy_until_missing
 from aiommap._kernel._map_registry import MapRegistry
 from aiommap._options import Advice, Protection
 
+from .fake_kernel import FakeKernel
+from .flushing import mapped_by
 from .foreign_platforms import Darwin, Windows
 from .kernel_witnesses import PAGE, Answers, OpenFile, pattern, run_python
 
@@ -349,12 +355,94 @@ def test_darwin_reports_what_the_medium_says(darwin: Darwin, file: OpenFile) -> 
 
 def test_darwin_flushes_before_it_maps(darwin: Darwin, file: OpenFile) -> None:
     """mmap.mmap() flushes the file with the GIL held and drops the error; ours comes before."""
-    memory = darwin.module.map_file(file.fd, PAGE, Protection.READ, 0)
+    memory = darwin.module.map_file(file.fd, PAGE, Protection.READ_WRITE, 0)
     assert len(memory) == PAGE
     assert darwin.calls == [("fcntl", Darwin.FULLFSYNC)]
     darwin.refused[Darwin.FULLFSYNC] = [errno.EIO]
     with pytest.raises(OSError, match="Input/output error"):
-        darwin.module.map_file(file.fd, PAGE, Protection.READ, 0)
+        darwin.module.map_file(file.fd, PAGE, Protection.READ_WRITE, 0)
+
+
+READING = [each for each in Protection if each is not Protection.READ_WRITE]
+
+
+@pytest.mark.parametrize("protection", READING)
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EIO])
+def test_darwin_maps_for_reading_what_it_cannot_flush(
+    darwin: Darwin, file: OpenFile, protection: Protection, error: int
+) -> None:
+    """Who only reads the file has nothing to flush, and no use for the error."""
+    darwin.refused[Darwin.FULLFSYNC] = [error]
+    memory = darwin.module.map_file(file.fd, PAGE, protection, 0)
+    assert len(memory) == PAGE
+    assert darwin.calls == [("fcntl", Darwin.FULLFSYNC, "refused")]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("protection", READING)
+async def test_darwin_opens_files_on_a_read_only_volume(
+    darwin: Darwin, file: OpenFile, protection: Protection
+) -> None:
+    """HFS answers every flush there with EROFS; reading takes none."""
+    darwin.read_only = True
+    async with mapped_by(darwin.module).open_path(file.path, protection) as m:
+        assert await m.read_at(PAGE, 3) == b"\1\1\1"
+        await m.flush()
+
+
+def _set_read_only(m: AsyncMmap) -> Awaitable[None]:
+    return m.set_protection("r")
+
+
+def _shrink(m: AsyncMmap) -> Awaitable[None]:
+    return m.resize(PAGE)
+
+
+def _grow(m: AsyncMmap) -> Awaitable[None]:
+    return m.resize(8 * PAGE)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("change", [_set_read_only, _shrink, _grow])
+@pytest.mark.parametrize("cut", [False, True])
+async def test_darwin_a_flush_that_fails_in_a_change_stays_failed(
+    darwin: Darwin, file: OpenFile, change: Callable[[AsyncMmap], Awaitable[None]], cut: bool
+) -> None:
+    """The device says once that it could not write; every flush from then on is a FlushError."""
+    async with mapped_by(darwin.module).open_path(file.path, "r+") as m:
+        await m.write_at(0, b"data")
+        if cut:  # by somebody else, to less than half
+            os.ftruncate(file.fd, PAGE)
+        darwin.refused[Darwin.FULLFSYNC] = [errno.EIO]
+        with suppress(TruncatedError):
+            await change(m)
+        assert darwin.refused[Darwin.FULLFSYNC] == []
+        for _ in range(2):
+            with pytest.raises(FlushError, match="Input/output error"):
+                await m.flush()
+        await m.clear_flush_error()
+        os.ftruncate(file.fd, 8 * PAGE)
+        await m.flush()
+
+
+@pytest.mark.anyio
+async def test_darwin_flushes_before_a_change_what_was_written(
+    darwin: Darwin, file: OpenFile
+) -> None:
+    """The maps are handed over first, as by any flush; without a store there is nothing to do."""
+    async with mapped_by(darwin.module).open_path(file.path, "r+") as m:
+        darwin.calls.clear()
+        await m.set_protection("r")
+        assert darwin.calls == [("fcntl", Darwin.FULLFSYNC)]
+        await m.set_protection("r+")
+        await m.write_at(0, b"data")
+        darwin.calls.clear()
+        await m.set_protection("r")
+        assert darwin.calls == [
+            ("msync", Darwin.MSYNC_SYNC),
+            ("fcntl", Darwin.FULLFSYNC),
+            ("fcntl", Darwin.FULLFSYNC),
+        ]
 
 
 def test_darwin_syncs_directories_to_the_medium(darwin: Darwin, tmp_path: Path) -> None:
@@ -502,6 +590,110 @@ def test_windows_grows_without_writing_zeros(windows: Windows, file: OpenFile) -
     assert windows.calls == [("SetFileInformationByHandle", 6, 1 << 30)]
 
 
+def test_windows_does_not_cut_a_file_that_is_mapped(windows: Windows, file: OpenFile) -> None:
+    """ERROR_USER_MAPPED_FILE, as long as there is a map of whatever part of it."""
+    assert not windows.module.cuts_mapped_files
+    memory = windows.module.map_file(file.fd, PAGE, Protection.READ, 0)
+    with pytest.raises(OSError, match="error 1224"):
+        windows.module.set_file_size(file.fd, 3 * PAGE)
+    windows.module.set_file_size(file.fd, 5 * PAGE)
+    memory.close()
+    del memory
+    windows.module.set_file_size(file.fd, PAGE)
+    assert os.fstat(file.fd).st_size == PAGE
+
+
+@pytest.mark.anyio
+async def test_windows_refuses_to_shrink_a_map_of_a_file(windows: Windows, file: OpenFile) -> None:
+    """An error with the path, before anything has changed; growing, and memory, are fine."""
+    async with mapped_by(windows.module).open_path(file.path, "r+", offset=PAGE) as m:
+        address = m.ptr()
+        with pytest.raises(OSError, match="cannot cut a file that is mapped") as caught:
+            await m.resize(PAGE)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOTSUP, str(file.path))
+        assert (m.ptr(), len(m), os.fstat(file.fd).st_size) == (address, 3 * PAGE, 4 * PAGE)
+        assert windows.calls == []
+        await m.resize(5 * PAGE)
+        assert (len(m), os.fstat(file.fd).st_size) == (5 * PAGE, 6 * PAGE)
+        assert await m.read_at(0, 1) == b"\1"
+    async with mapped_by(windows.module).anonymous(3 * PAGE) as m:
+        await m.resize(PAGE)
+        assert len(m) == PAGE
+
+
+@pytest.mark.anyio
+async def test_windows_a_map_that_cannot_grow_says_why(
+    windows: Windows, file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file keeps its new size where it cannot be cut; the first error is the caller's."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async with mapped_by(windows.module).open_path(file.path, "r+") as m:
+        monkeypatch.setattr(windows.module, "map_file", refuse)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            await m.resize(8 * PAGE)
+        assert (len(m), os.fstat(file.fd).st_size) == (4 * PAGE, 8 * PAGE)
+
+
+def test_windows_keeps_the_name_of_a_file_in_use(windows: Windows, tmp_path: Path) -> None:
+    """ERROR_SHARING_VIOLATION, for what is open and for what is only mapped."""
+    path = tmp_path / "file"
+    with OpenFile(path) as opened:
+        with pytest.raises(PermissionError, match="error 32"):
+            os.unlink(path)
+        memory = windows.module.map_file(opened.fd, PAGE, Protection.READ, 0)
+    with pytest.raises(PermissionError, match="error 32"):
+        os.unlink(path)
+    memory.close()
+    os.unlink(path)
+    assert os.listdir(tmp_path) == []
+
+
+CREATING = ("reserve", "sync_all", "sync_directory", "map_file")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("call", CREATING)
+async def test_windows_a_create_that_fails_leaves_no_file(
+    windows: Windows, tmp_path: Path, call: str
+) -> None:
+    """It is unlinked after it was closed; a file that was there stays."""
+    kernel = FakeKernel(windows.module)
+    kernel.fail(call, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        await mapped_by(kernel).create(tmp_path / "new", PAGE)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "old").write_bytes(b"old")
+    with pytest.raises(OSError, match="Input/output error"):
+        await mapped_by(kernel).create(tmp_path / "old", PAGE, exist_ok=True)
+    assert (tmp_path / "old").read_bytes()[:3] == b"old"
+    os.unlink(tmp_path / "old")  # it is closed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("call", CREATING)
+async def test_windows_a_create_that_is_cancelled_leaves_no_file(
+    windows: Windows, tmp_path: Path, call: str
+) -> None:
+    """It is unlinked after it was unmapped and closed."""
+    kernel = FakeKernel(windows.module)
+    loop = current_event_loop()
+    entered = anyio.Event()
+    with kernel.hold(call, on_enter=lambda: loop.post(entered.set)) as hold:
+        async with anyio.create_task_group() as tg:
+
+            async def run() -> None:
+                await mapped_by(kernel).create(tmp_path / "new", PAGE)
+
+            tg.start_soon(run)
+            await entered.wait()
+            tg.cancel_scope.cancel()
+            hold.release.set()
+    assert os.listdir(tmp_path) == []
+
+
 def test_windows_reserves_upwards_only(windows: Windows, file: OpenFile) -> None:
     """The allocation grows to the end of the range; below the size it would cut the file."""
     assert windows.module.reserve(file.fd, 0, PAGE, grow=True)
@@ -521,6 +713,26 @@ def test_windows_cannot_reserve_in_sparse_and_compressed_files(
     """They can have holes, which nothing fills in place."""
     windows.attributes |= attribute
     assert not windows.module.reserve(file.fd, 0, PAGE, grow=False)
+
+
+def test_windows_reserves_on_fat(windows: Windows, file: OpenFile) -> None:
+    """FAT and exFAT do not know every query; what they cannot tell is False and no error."""
+    windows.fat = True
+    assert windows.module.reserve(file.fd, 0, 16 * PAGE, grow=True)
+    assert os.fstat(file.fd).st_size == 16 * PAGE
+    for answers in ([87], [0, 87]):
+        windows.refused["GetFileInformationByHandleEx"] = answers
+        assert not windows.module.reserve(file.fd, 0, 32 * PAGE, grow=True)
+    assert os.fstat(file.fd).st_size == 16 * PAGE
+
+
+@pytest.mark.anyio
+async def test_windows_creates_and_grows_on_fat(windows: Windows, tmp_path: Path) -> None:
+    """create() and resize() make files on a memory card too."""
+    windows.fat = True
+    async with mapped_by(windows.module).create(tmp_path / "new", 4 * PAGE) as m:
+        await m.resize(16 * PAGE)
+    assert (tmp_path / "new").stat().st_size == 16 * PAGE
 
 
 def test_windows_reports_a_full_disk_and_a_file_system_that_cannot(

@@ -7,8 +7,9 @@ place on ARM, and it releases the GIL.
 * ``fsync`` stops at the disk's cache; ``fcntl(F_FULLFSYNC)`` goes on to the medium (fsync(2)).
   Neither need know of stores through a map, so ``msync`` comes first.
 * ``mmap.mmap()`` itself does a F_FULLFSYNC of the file, holding the GIL and dropping the error
-  (Modules/mmapmodule.c, "Issue #11277"). :func:`map_file` does one before it, without the GIL
-  and with the error, so that there is little left to wait for; the rest is CPython's.
+  (Modules/mmapmodule.c, "Issue #11277"). :func:`map_file` does one before it, without the GIL,
+  so that there is little left to wait for, and with the error where stores are meant to reach
+  the file; the rest is CPython's.
 * ``mach_vm_read_overwrite`` on ourselves is no guarded copy: from some size on it shares pages
   copy-on-write instead of touching them, and the fault comes with the first use of the copy.
   The pipe of :mod:`._portable` touches them all.
@@ -36,6 +37,7 @@ from ._portable import cached_pages as cached_pages
 from ._portable import can_reserve, hand_over, maps, msync, works
 from ._portable import copy as copy
 from ._portable import copy_many as copy_many
+from ._portable import cuts_mapped_files as cuts_mapped_files
 from ._portable import disk_queue as disk_queue
 from ._portable import duplicate as duplicate
 from ._portable import file_is_in_memory as file_is_in_memory
@@ -66,6 +68,8 @@ from ._portable import unpin as unpin
 from ._portable import will_need_many as will_need_many
 from ._portable import write_back as write_back
 from ._protocol import Capabilities
+
+map_file_flushes = True
 
 _F_PREALLOCATE = 42
 _F_RDADVISE = 44
@@ -192,7 +196,13 @@ def will_need(fd: int, offset: int, length: int) -> None:
 
 
 def map_file(fd: int, length: int, protection: Protection, offset: int) -> mmap.mmap:
-    _full_sync(fd)
+    try:
+        _full_sync(fd)
+    except OSError:
+        # Through other maps no store reaches the file, and what cannot be flushed can still be
+        # read: HFS says EROFS of every file on a read-only volume.
+        if protection is Protection.READ_WRITE:
+            raise
     return _portable.map_file(fd, length, protection, offset)
 
 

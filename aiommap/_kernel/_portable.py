@@ -38,6 +38,8 @@ from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
+map_file_flushes = False
+cuts_mapped_files = True
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _address = ctypes.c_void_p

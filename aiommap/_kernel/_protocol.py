@@ -63,6 +63,14 @@ class Kernel(Protocol):
     def map_granularity(self) -> int:
         """What the offset of a map must be a multiple of."""
 
+    @property
+    def map_file_flushes(self) -> bool:
+        """Whether :meth:`map_file` flushes the file, and may keep to itself that it failed."""
+
+    @property
+    def cuts_mapped_files(self) -> bool:
+        """Whether a file can be made shorter while it is mapped."""
+
     # Files
 
     def duplicate(self, fd: int) -> int:

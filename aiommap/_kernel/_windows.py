@@ -43,6 +43,8 @@ from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
 map_granularity = mmap.ALLOCATIONGRANULARITY
+map_file_flushes = False
+cuts_mapped_files = False
 
 
 class _Overlapped(ctypes.Structure):
@@ -69,8 +71,14 @@ class _StandardInfo(ctypes.Structure):  # FILE_STANDARD_INFO
     )
 
 
-class _AttributeTagInfo(ctypes.Structure):  # FILE_ATTRIBUTE_TAG_INFO
-    _fields_ = (("attributes", c_uint32), ("reparse_tag", c_uint32))
+class _BasicInfo(ctypes.Structure):  # FILE_BASIC_INFO
+    _fields_ = (
+        ("creation_time", c_int64),
+        ("last_access_time", c_int64),
+        ("last_write_time", c_int64),
+        ("change_time", c_int64),
+        ("attributes", c_uint32),
+    )
 
 
 _kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
@@ -104,10 +112,10 @@ _lock = foreign(_kernel32, "VirtualLock", _bool, c_void_p, c_size_t)
 _unlock = foreign(_kernel32, "VirtualUnlock", _bool, c_void_p, c_size_t)
 _pause = foreign(_kernel32, "Sleep", None, c_uint32)
 
-_FILE_STANDARD_INFO = 1  # FILE_INFO_BY_HANDLE_CLASS
+_FILE_BASIC_INFO = 0  # FILE_INFO_BY_HANDLE_CLASS
+_FILE_STANDARD_INFO = 1
 _FILE_ALLOCATION_INFO = 5
 _FILE_END_OF_FILE_INFO = 6
-_FILE_ATTRIBUTE_TAG_INFO = 9
 _FILE_ATTRIBUTE_SPARSE_FILE = 0x200
 _FILE_ATTRIBUTE_COMPRESSED = 0x800
 
@@ -121,6 +129,7 @@ _ERROR_LOCK_VIOLATION = 33
 _ERROR_HANDLE_EOF = 38
 _ERROR_HANDLE_DISK_FULL = 39
 _ERROR_NOT_SUPPORTED = 50
+_ERROR_INVALID_PARAMETER = 87
 _ERROR_DISK_FULL = 112
 _ERROR_NOT_LOCKED = 158
 _ERROR_PARTIAL_COPY = 299
@@ -153,6 +162,8 @@ _ERRNO = {
     _ERROR_WORKING_SET_QUOTA: errno.ENOMEM,
     _ERROR_COMMITMENT_LIMIT: errno.ENOMEM,
 }
+# What file systems say that have no such query or no allocation to set, FAT and exFAT among them.
+_CANNOT_RESERVE = (_ERROR_INVALID_FUNCTION, _ERROR_NOT_SUPPORTED, _ERROR_INVALID_PARAMETER)
 # What ReadProcessMemory says of a page that it cannot touch.
 _MISSING_PAGE = (_ERROR_PARTIAL_COPY, _ERROR_NOACCESS, _ERROR_SWAPERROR)
 
@@ -235,14 +246,15 @@ def _set_info(fd: int, kind: int, value: int) -> None:
 def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
     if length == 0:
         return True
-    tag = _AttributeTagInfo()
-    _get_info(fd, _FILE_ATTRIBUTE_TAG_INFO, tag)
-    if tag.attributes & (_FILE_ATTRIBUTE_SPARSE_FILE | _FILE_ATTRIBUTE_COMPRESSED):
-        return False  # it can have holes; every other file has all of its blocks
     end = offset + length
+    basic = _BasicInfo()
     info = _StandardInfo()
-    _get_info(fd, _FILE_STANDARD_INFO, info)
     try:
+        # Not FileAttributeTagInfo, which FAT and exFAT do not have.
+        _get_info(fd, _FILE_BASIC_INFO, basic)
+        if basic.attributes & (_FILE_ATTRIBUTE_SPARSE_FILE | _FILE_ATTRIBUTE_COMPRESSED):
+            return False  # it can have holes; every other file has all of its blocks
+        _get_info(fd, _FILE_STANDARD_INFO, info)
         # Only ever upwards: an allocation below the size would cut the file.
         if end > max(info.allocation_size, info.end_of_file):
             _set_info(fd, _FILE_ALLOCATION_INFO, end)
@@ -251,7 +263,7 @@ def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
             # these two lines is cut to `end` again.
             _set_info(fd, _FILE_END_OF_FILE_INFO, end)
     except OSError as exc:
-        if getattr(exc, "winerror", None) in (_ERROR_INVALID_FUNCTION, _ERROR_NOT_SUPPORTED):
+        if getattr(exc, "winerror", None) in _CANNOT_RESERVE:
             return False
         raise
     return True
