@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 from ._kernel import Kernel
 from ._options import Protection
@@ -83,10 +84,10 @@ class File:
         :raises OSError: ENODEV for what has no pages to map, as the kernel says it for
             directories and pipes
         """
-        status = os.fstat(self.fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.filename)
         with naming(self.filename):
+            status = os.fstat(self.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
             self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
@@ -95,7 +96,9 @@ class File:
         # The kernel says "all resident" to whoever neither owns nor may write the file
         # (can_do_mincore() in mm/mincore.c).
         self.mincore_is_honest = writable or (
-            hasattr(os, "geteuid") and os.geteuid() == status.st_uid
+            hasattr(os, "geteuid")
+            and os.geteuid() == status.st_uid
+            and status.st_uid != _overflow_uid()
         )
 
     def size(self) -> int:
@@ -139,6 +142,20 @@ class File:
                 if self.size() == size:
                     self.set_size(size)
             raise
+
+
+@cache
+def _overflow_uid() -> int:
+    """
+    What the kernel shows as the owner where the real one has no number in our user namespace.
+
+    It may be our own number too, and then nothing tells whether the file is ours.
+    """
+    try:
+        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # no /proc
+        return 65534
 
 
 def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:

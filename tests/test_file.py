@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,64 @@ def test_inspect(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such device") as caught:
         folder.inspect(writable=False)
     assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, str(tmp_path))
+
+
+@only_linux
+def test_inspect_names_the_file_when_it_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS and FUSE answer fstat with errors too, and these have the path."""
+
+    def stale(fd: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    file = open_file(native, str(file_of(tmp_path, inc(N))), Protection.READ)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        with pytest.raises(OSError, match="Stale") as caught:
+            file.inspect(writable=False)
+    assert caught.value.filename == str(tmp_path / "data.bin")
+
+
+@only_linux
+def test_an_owner_without_a_number_may_be_anybody(tmp_path: Path) -> None:
+    """In a user namespace without numbers for users, ourselves and the file's owner are both
+    shown as 65534: it is not ours because of that, and mincore would lie."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to give the file to somebody else")
+    path = file_of(tmp_path, inc(N))
+    os.chmod(path, 0o644)
+    os.chown(path, 12345, 12345)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        done = subprocess.run(
+            ["unshare", "--user", sys.executable, "-c", _IN_A_USER_NAMESPACE],
+            stdin=fd,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(fd)
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"no user namespaces: {done.stderr}")
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "False", "True"]), done.stderr
+
+
+_IN_A_USER_NAMESPACE = """
+import os
+from aiommap._file import File
+from aiommap._kernel import native
+
+file = File(native, os.dup(0))
+print(os.fstat(0).st_uid == os.geteuid())
+file.inspect(writable=False)
+print(file.mincore_is_honest)
+file.inspect(writable=True)
+print(file.mincore_is_honest)
+"""
 
 
 @pytest.mark.parametrize(("size", "length"), [(0, N), (5, N), (N, N), (N - 1, N)])
