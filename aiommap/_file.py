@@ -178,17 +178,31 @@ def open_file(kernel: Kernel, path: str | bytes, protection: Protection) -> File
     # A read that notes its time may wait for the file system's journal, even one that must not
     # wait for the disk (RWF_NOWAIT). Only the owner of a file may do without.
     with suppress(PermissionError):
-        return File(kernel, os.open(path, flags | _NO_ACCESS_TIME), path)
-    return File(kernel, os.open(path, flags), path)
+        return File(kernel, _open(path, flags | _NO_ACCESS_TIME), path)
+    return File(kernel, _open(path, flags), path)
+
+
+def _open(path: str | bytes, flags: int) -> int:
+    """As :func:`os.open`, which may wait for a lease to be given back, but for no FIFO."""
+    try:
+        return os.open(path, flags)
+    except BlockingIOError:
+        # Somebody has a lease on the file (Samba, nfsd). Where we may wait, the kernel lets us in
+        # when it is given back, after /proc/sys/fs/lease-break-time seconds in any case.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+    return os.open(path, flags & ~_NONBLOCK)
 
 
 _NO_ACCESS_TIME: int = getattr(os, "O_NOATIME", 0)
 
 
-# Without O_NONBLOCK the open of a FIFO waits for its other end, for ever.
+# Without it the open of a FIFO waits for its other end, for ever.
+_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)
+
 _SAFE_FLAGS = (
     getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NONBLOCK", 0)
+    | _NONBLOCK
     | getattr(os, "O_NOCTTY", 0)
     | getattr(os, "O_BINARY", 0)
 )
@@ -240,7 +254,7 @@ def _open_or_create(path: str | bytes, *, exist_ok: bool, mode: int) -> tuple[in
         # Removed between the two calls, it is to be made after all. A symbolic link that leads
         # nowhere is always there for the one and never for the other.
         with suppress(FileNotFoundError):
-            return os.open(path, flags), False
+            return _open(path, flags), False
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,44 @@ def test_open_file_takes_no_more_rights_than_needed(tmp_path: Path, protection: 
     mode = fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_ACCMODE
     assert mode == (os.O_RDWR if protection is Protection.READ_WRITE else os.O_RDONLY)
     assert not os.get_inheritable(file.fd)
+
+
+@only_linux
+@pytest.mark.parametrize("create", [False, True])
+def test_a_leased_file_is_opened_when_the_lease_is_given_back(tmp_path: Path, create: bool) -> None:
+    """Samba and nfsd hold leases: who opens the file waits until they let go, and is let in."""
+    path = file_of(tmp_path, inc(N))
+    holder = os.open(path, os.O_RDWR)
+    give_back = threading.Timer(0.05, fcntl.fcntl, (holder, fcntl.F_SETLEASE, fcntl.F_UNLCK))
+    # The kernel tells the holder by a signal when somebody else opens the file.
+    before = signal.signal(signal.SIGIO, lambda number, frame: give_back.start())
+    try:
+        fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        if create:
+            file, _ = create_file(native, str(path), N, exist_ok=True, mode=0o666)
+        else:
+            file = open_file(native, str(path), Protection.READ)
+        assert file.size() == N
+        give_back.join()  # it was started: there was a lease
+    finally:
+        os.close(holder)
+        signal.signal(signal.SIGIO, before)
+
+
+@only_linux
+def test_no_second_try_for_a_fifo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no regular file is never opened in a way that may wait for ever."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    def refused(path: str, flags: int) -> int:
+        assert flags & os.O_NONBLOCK
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(BlockingIOError, match="temporarily") as caught:
+        open_file(native, str(path), Protection.READ)
+    assert caught.value.filename == str(path)
 
 
 def test_duplicate_shares_the_open_file(tmp_path: Path) -> None:
