@@ -43,6 +43,7 @@ class File:
         "filename",
         "in_memory",
         "kernel",
+        "location",
         "longest_hint",
         "mincore_is_honest",
         "read_ahead",
@@ -54,6 +55,8 @@ class File:
         self.kernel: Kernel = kernel
         self.fd: int = fd
         self.filename: Filename = filename
+        self.location: Filename = filename
+        """As ``filename``; of a file that we created, absolute where that can be told."""
         self.anonymous: bool = anonymous
         self.in_memory: bool = anonymous
         self.direct: bool = False
@@ -226,20 +229,42 @@ def create_file(
     :raises ValueError: it is there and longer than ``length``
     :raises OSError: ENOSPC, EDQUOT, EFBIG...; no new file is left behind
     """
-    fd, created = _open_or_create(path, exist_ok=exist_ok, mode=mode)
+    location = _absolute(path)
+    try:
+        fd, created = _open_or_create(location, exist_ok=exist_ok, mode=mode)
+    except OSError as exc:
+        exc.filename = path  # as the caller calls it
+        raise
     file = File(kernel, fd, path)
+    file.location = location
     try:
         file.inspect(writable=True)
         grow_file(file, length, new=created)
         with naming(path):
             kernel.sync_all(fd)
-            kernel.sync_directory(os.path.dirname(path) or os.curdir)
+            kernel.sync_directory(os.path.dirname(location) or os.curdir)
     except BaseException:
         if created:
             remove_file(file)
         file.close()
         raise
     return file, created
+
+
+def _absolute(path: str | bytes) -> str | bytes:
+    """
+    The same name wherever os.chdir() leads meanwhile: for the removal, and the directory's flush.
+
+    Not os.path.abspath(), which takes ".." for the way back from a symbolic link.
+    """
+    if os.path.isabs(path):
+        return path
+    try:
+        folder = os.getcwdb() if isinstance(path, bytes) else os.getcwd()
+        os.stat(folder)  # fails below a directory that we may not search
+    except OSError:
+        return path
+    return os.path.join(folder, path)  # type: ignore[arg-type]
 
 
 def _open_or_create(path: str | bytes, *, exist_ok: bool, mode: int) -> tuple[int, bool]:
@@ -285,11 +310,11 @@ def _write_zeros(file: File, length: int) -> None:
 
 def remove_file(file: File) -> None:
     """Take a file that we created back, unless the name is another file's by now."""
-    assert file.filename is not None
+    assert file.location is not None
     try:
         ours = os.fstat(file.fd)
-        theirs = os.stat(file.filename, follow_symlinks=False)
+        theirs = os.stat(file.location, follow_symlinks=False)
         if os.path.samestat(ours, theirs):
-            os.unlink(file.filename)
+            os.unlink(file.location)
     except OSError:
         return  # gone already, or it has to stay; the error on its way says more
