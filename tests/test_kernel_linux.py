@@ -57,6 +57,33 @@ def test_tmpfs_is_in_memory_and_can_do_less() -> None:
             os.close(file.fd)
 
 
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EOVERFLOW])
+def test_what_cannot_be_told_is_not_in_memory(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """A container that refuses fstatfs, or a C library without it, is no error."""
+    memory = _linux.memory_file(PAGE, huge=False)
+    assert memory is not None
+    try:
+        assert _linux.file_is_in_memory(memory)
+        monkeypatch.setattr(_linux, "_fstatfs", Answers(error))
+        assert not _linux.file_is_in_memory(memory)
+        monkeypatch.setattr(_linux, "_fstatfs", None)
+        assert not _linux.file_is_in_memory(memory)
+    finally:
+        os.close(memory)
+
+
+@pytest.mark.parametrize(("machine", "size"), [("s390x", 4), ("ppc64le", 8), ("x86_64", 8)])
+def test_the_width_of_a_file_systems_type(machine: str, size: int) -> None:
+    """s390x has an unsigned int where the others have a long: big-endian, it makes a difference."""
+    script = f"""
+        import ctypes, os
+        os.uname = lambda: os.uname_result(("Linux", "", "", "", "{machine}"))
+        from aiommap._kernel import _linux
+        print(ctypes.sizeof(_linux._FileSystemType))
+        """
+    assert int(run_python(script)) == min(size, ctypes.sizeof(ctypes.c_long))
+
+
 def dirty_pages(fd: int) -> int:
     """Pages of a file that the kernel has still to write, or is writing."""
     answer = _linux._Cachestat()

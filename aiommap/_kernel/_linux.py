@@ -48,7 +48,10 @@ _sync_file_range = foreign(
 )
 _memmem = foreign(_libc, "memmem", _address, _address, _size, ctypes.c_char_p, _size)
 _memmove = foreign(_libc, "memmove", _address, _address, _address, _size)
-_fstatfs = foreign(_libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+# On 32-bit systems plain fstatfs is EOVERFLOW for a large file system; musl has only one.
+_fstatfs = foreign(_libc, "fstatfs64", ctypes.c_int, ctypes.c_int, ctypes.c_void_p) or foreign(
+    _libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)
 _process_vm_readv = foreign(
     _libc,
     "process_vm_readv",
@@ -111,6 +114,8 @@ _SYS_PROCESS_MADVISE = 440
 _PIDFD_SELF_PROCESS = -10001  # Linux 6.14
 _MADV_WILLNEED = 3
 _SYS_CACHESTAT = 451  # the same number on every architecture
+# What struct statfs begins with, f_type (asm/statfs.h).
+_FileSystemType = ctypes.c_uint if os.uname().machine == "s390x" else ctypes.c_long
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
 
 _ADVICE = {
@@ -226,12 +231,10 @@ def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
 
 
 def file_is_in_memory(fd: int) -> bool:
-    assert _fstatfs is not None
-    # struct statfs begins with f_type, a long; 512 bytes are more than any architecture's.
-    buffer = (ctypes.c_long * 64)()
-    if _fstatfs(fd, ctypes.addressof(buffer)) == -1:
-        raise error_from_errno()
-    return (buffer[0] & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
+    buffer = (ctypes.c_long * 64)()  # more than struct statfs of any architecture
+    if _fstatfs is None or _fstatfs(fd, ctypes.addressof(buffer)) == -1:
+        return False  # a container may refuse it; it only spares waits
+    return (_FileSystemType.from_buffer(buffer).value & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
 
 
 def reads_directly(fd: int) -> bool:

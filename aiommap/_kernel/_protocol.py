@@ -89,7 +89,7 @@ class Kernel(Protocol):
         """
 
     def file_is_in_memory(self, fd: int) -> bool:
-        """Whether stores to the file never wait for a disk (tmpfs, memfd)."""
+        """Whether stores to the file never wait for a disk (tmpfs, memfd); False in doubt."""
 
     def reads_directly(self, fd: int) -> bool:
         """Whether reads of the open file pass memory by, and want aligned buffers (O_DIRECT)."""
