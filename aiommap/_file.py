@@ -155,7 +155,7 @@ def _overflow_uid() -> int:
     It may be our own number too, and then nothing tells whether the file is ours.
     """
     try:
-        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+        with open("/proc/sys/kernel/overflowuid", "rb") as file:
             return int(file.read())
     except (OSError, ValueError):  # no /proc
         return 65534

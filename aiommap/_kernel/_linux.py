@@ -22,8 +22,8 @@ from functools import cache
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
+from ._portable import can_reserve, search_with
 from ._portable import copy as copy_through_pipe
-from ._portable import search_with
 from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
@@ -574,20 +574,22 @@ def capabilities(path: str | bytes | None) -> Capabilities:
         address = address_of(memory)
         populate = _works(populate_read, address, page_size)
         mincore = _works(resident, address, page_size)
-    if path is None or os.path.isdir(path):
-        # A directory cannot be read, so a file of our own in it is asked.
-        with suppress(PermissionError), tempfile.TemporaryFile(dir=path) as file:
-            return _file_capabilities(file.fileno(), populate, mincore)
     if path is None:
         path = os.curdir
+        with suppress(FileNotFoundError):  # no directory of temporary files can be written
+            path = tempfile.gettempdir()
+    if os.path.isdir(path):
+        # A directory cannot be read, so a file of our own in it is asked, where one can be made.
+        with suppress(OSError), tempfile.TemporaryFile(dir=path) as file:
+            return _file_capabilities(file.fileno(), path, populate, mincore)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return _file_capabilities(fd, populate, mincore)
+        return _file_capabilities(fd, path, populate, mincore)
     finally:
         os.close(fd)
 
 
-def _file_capabilities(fd: int, populate: bool, mincore: bool) -> Capabilities:
+def _file_capabilities(fd: int, path: str | bytes, populate: bool, mincore: bool) -> Capabilities:
     nowait = True
     try:
         read_nowait(fd, [bytearray(1)], 0)
@@ -604,7 +606,7 @@ def _file_capabilities(fd: int, populate: bool, mincore: bool) -> Capabilities:
         full_sync=not file_is_in_memory(fd),
         huge_pages=_has_huge_pages(),
         ofd_locks=_has_ofd_locks(fd),
-        reserve=_can_reserve(fd),
+        reserve=can_reserve(path, reserve),
         page_size=page_size,
     )
 
@@ -626,14 +628,3 @@ def _has_ofd_locks(fd: int) -> bool:
     # struct flock: type, whence, start, length, pid; asked about, not taken.
     flock = b"\0\0\0\0\0\0\0\0" + bytes(24)
     return _works(fcntl.fcntl, fd, _F_OFD_GETLK, flock)
-
-
-def _can_reserve(fd: int) -> bool:
-    # Tried on a file of our own beside it: to reserve is to change.
-    path = os.readlink(f"/proc/self/fd/{fd}")
-    try:
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return reserve(file.fileno(), 0, page_size, grow=False)
-    except OSError:
-        return False
