@@ -17,7 +17,12 @@ def capabilities(
     so it may wait for the disk: in an event loop, call it with
     :func:`anyio.to_thread.run_sync`.
 
-    :param path: a file or directory; None for the directory of temporary files
+    What cannot be tried is False: ``reserve`` where the directory of ``path`` cannot be written,
+    as on a file system that is mounted read-only, and ``nowait_reads`` if ``path`` is such a
+    directory itself. A file in it can still be asked for ``nowait_reads``.
+
+    :param path: a file or directory; None for the directory of temporary files, or where there
+        is none that can be written the current one
     :raises OSError: the path cannot be opened
     """
     return native.capabilities(None if path is None else os.fspath(path))

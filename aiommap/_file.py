@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 from ._kernel import Kernel
 from ._options import Protection
@@ -42,6 +43,7 @@ class File:
         "filename",
         "in_memory",
         "kernel",
+        "location",
         "longest_hint",
         "mincore_is_honest",
         "read_ahead",
@@ -53,6 +55,8 @@ class File:
         self.kernel: Kernel = kernel
         self.fd: int = fd
         self.filename: Filename = filename
+        self.location: Filename = filename
+        """As ``filename``; of a file that we created, absolute where that can be told."""
         self.anonymous: bool = anonymous
         self.in_memory: bool = anonymous
         self.direct: bool = False
@@ -83,10 +87,10 @@ class File:
         :raises OSError: ENODEV for what has no pages to map, as the kernel says it for
             directories and pipes
         """
-        status = os.fstat(self.fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.filename)
         with naming(self.filename):
+            status = os.fstat(self.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
             self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
@@ -95,7 +99,9 @@ class File:
         # The kernel says "all resident" to whoever neither owns nor may write the file
         # (can_do_mincore() in mm/mincore.c).
         self.mincore_is_honest = writable or (
-            hasattr(os, "geteuid") and os.geteuid() == status.st_uid
+            hasattr(os, "geteuid")
+            and os.geteuid() == status.st_uid
+            and status.st_uid != _overflow_uid()
         )
 
     def size(self) -> int:
@@ -141,6 +147,20 @@ class File:
             raise
 
 
+@cache
+def _overflow_uid() -> int:
+    """
+    What the kernel shows as the owner where the real one has no number in our user namespace.
+
+    It may be our own number too, and then nothing tells whether the file is ours.
+    """
+    try:
+        with open("/proc/sys/kernel/overflowuid", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # no /proc
+        return 65534
+
+
 def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
     """
     A descriptor of our own for a file that the caller has open. Never waits.
@@ -161,17 +181,31 @@ def open_file(kernel: Kernel, path: str | bytes, protection: Protection) -> File
     # A read that notes its time may wait for the file system's journal, even one that must not
     # wait for the disk (RWF_NOWAIT). Only the owner of a file may do without.
     with suppress(PermissionError):
-        return File(kernel, os.open(path, flags | _NO_ACCESS_TIME), path)
-    return File(kernel, os.open(path, flags), path)
+        return File(kernel, _open(path, flags | _NO_ACCESS_TIME), path)
+    return File(kernel, _open(path, flags), path)
+
+
+def _open(path: str | bytes, flags: int) -> int:
+    """As :func:`os.open`, which may wait for a lease to be given back, but for no FIFO."""
+    try:
+        return os.open(path, flags)
+    except BlockingIOError:
+        # Somebody has a lease on the file (Samba, nfsd). Where we may wait, the kernel lets us in
+        # when it is given back, after /proc/sys/fs/lease-break-time seconds in any case.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+    return os.open(path, flags & ~_NONBLOCK)
 
 
 _NO_ACCESS_TIME: int = getattr(os, "O_NOATIME", 0)
 
 
-# Without O_NONBLOCK the open of a FIFO waits for its other end, for ever.
+# Without it the open of a FIFO waits for its other end, for ever.
+_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)
+
 _SAFE_FLAGS = (
     getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NONBLOCK", 0)
+    | _NONBLOCK
     | getattr(os, "O_NOCTTY", 0)
     | getattr(os, "O_BINARY", 0)
 )
@@ -195,14 +229,20 @@ def create_file(
     :raises ValueError: it is there and longer than ``length``
     :raises OSError: ENOSPC, EDQUOT, EFBIG...; no new file is left behind
     """
-    fd, created = _open_or_create(path, exist_ok=exist_ok, mode=mode)
+    location = _absolute(path)
+    try:
+        fd, created = _open_or_create(location, exist_ok=exist_ok, mode=mode)
+    except OSError as exc:
+        exc.filename = path  # as the caller calls it
+        raise
     file = File(kernel, fd, path)
+    file.location = location
     try:
         file.inspect(writable=True)
         grow_file(file, length, new=created)
         with naming(path):
             kernel.sync_all(fd)
-            kernel.sync_directory(os.path.dirname(path) or os.curdir)
+            kernel.sync_directory(os.path.dirname(location) or os.curdir)
     except BaseException:
         if created:
             remove_file(file)
@@ -210,6 +250,22 @@ def create_file(
             file.close()
         raise
     return file, created
+
+
+def _absolute(path: str | bytes) -> str | bytes:
+    """
+    The same name wherever os.chdir() leads meanwhile: for the removal, and the directory's flush.
+
+    Not os.path.abspath(), which takes ".." for the way back from a symbolic link.
+    """
+    if os.path.isabs(path):
+        return path
+    try:
+        folder = os.getcwdb() if isinstance(path, bytes) else os.getcwd()
+        os.stat(folder)  # fails below a directory that we may not search
+    except OSError:
+        return path
+    return os.path.join(folder, path)  # type: ignore[arg-type]
 
 
 def _open_or_create(path: str | bytes, *, exist_ok: bool, mode: int) -> tuple[int, bool]:
@@ -224,7 +280,7 @@ def _open_or_create(path: str | bytes, *, exist_ok: bool, mode: int) -> tuple[in
         # Removed between the two calls, it is to be made after all. A symbolic link that leads
         # nowhere is always there for the one and never for the other.
         with suppress(FileNotFoundError):
-            return os.open(path, flags), False
+            return _open(path, flags), False
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
@@ -259,14 +315,14 @@ def remove_file(file: File) -> None:
 
     It must not be mapped any more: Windows keeps the name of what is mapped or open.
     """
-    assert file.filename is not None
+    assert file.location is not None
     # Gone already, or it has to stay; the error on its way says more.
     with suppress(OSError):
         try:
             # Before it is closed: a number that is free is soon another file's.
             ours = os.fstat(file.fd)
-            theirs = os.stat(file.filename, follow_symlinks=False)
+            theirs = os.stat(file.location, follow_symlinks=False)
         finally:
             file.close()
         if os.path.samestat(ours, theirs):
-            os.unlink(file.filename)
+            os.unlink(file.location)

@@ -467,10 +467,12 @@ class Flusher:
             ranges = merge(ranges)
         began = time.monotonic()
         try:
-            covered = self._sync(admitted, ranges, size, in_bulk)
+            synced = self._sync(admitted, ranges, size, in_bulk)
         except BaseException as exc:
             self._failed(exc, ranges)
-            covered = []
+            covered: list[Range] | None = []
+        else:
+            covered = self._proven(file, admitted, synced)
         log_if_slow(
             began, "flush for %d tasks, %d ranges of %r", len(admitted), len(ranges), self._filename
         )
@@ -488,6 +490,10 @@ class Flusher:
         if failure is not None:
             request.error = self._error(failure)
             return False
+        return self._reaches(request, reach, limit)
+
+    def _reaches(self, request: _Flush, reach: int, limit: int) -> bool:
+        """Whether the file holds what is left of it in the map; else it has its error."""
         request.length = length_inside(request.offset, request.length, limit)
         if request.length > reach - request.offset and request.length:
             request.error = TruncatedError(request.offset, request.length, reach, self._filename)
@@ -497,7 +503,7 @@ class Flusher:
     def _sync(
         self, requests: list[_Flush], ranges: list[Range], size: int, in_bulk: bool
     ) -> list[Range] | None:
-        """Flush; what it covered, None for the whole map."""
+        """Flush; what it was for, None for the whole map."""
         mapping = requests[0].mapping()
         if mapping is not None and all(each.mapping() is mapping for each in requests):
             few = len(ranges) == 1 and ranges[0][1] < size - ranges[0][1]
@@ -508,9 +514,30 @@ class Flusher:
         file = requests[0].file
         assert file is not None
         file.kernel.sync_data(file.fd)
-        # Bytes that were truncated away are not durable, whatever the kernel says.
-        _, reach, limit = self._reach(file)
-        return None if reach == limit else [(0, reach)]
+        return None
+
+    def _proven(
+        self, file: File, requests: list[_Flush], synced: list[Range] | None
+    ) -> list[Range] | None:
+        """
+        What of the synced ranges the file still holds, None for the whole map. Never raises.
+
+        Bytes that were truncated away while the kernel flushed are not durable, whatever it
+        says: who asked for them has an error.
+        """
+        try:
+            _, reach, limit = self._reach(file)
+        except BaseException as exc:
+            for each in requests:
+                each.error = exc
+            return []
+        if reach == limit:
+            return synced
+        for each in requests:
+            self._reaches(each, reach, limit)
+        if synced is None:
+            return [(0, reach)]
+        return [(offset, length_inside(offset, length, reach)) for offset, length in synced]
 
 
 class PendingFlush(Uncopyable):

@@ -181,6 +181,8 @@ class AsyncMmap(MapShape):
         store later; file and name are durable when this returns. No new file is left behind
         when it fails or is cancelled.
 
+        :param path: a relative one leads on from the directory that is current when the work
+            begins
         :param length: bytes, at least 1
         :param exist_ok: map the file that is there, if one is: it keeps its content and grows,
             and may have grown when this fails

@@ -15,6 +15,7 @@ from aiommap._event_loop import current_event_loop
 
 from .content import file_of, inc, only_linux, open_descriptors, settled_descriptors, zeros
 from .fake_kernel import FakeKernel
+from .processes import run_python
 
 pytestmark = pytest.mark.anyio
 
@@ -57,6 +58,75 @@ async def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         async with AsyncMmap.create(name, 10):
             pass
     assert sorted(os.listdir(tmp_path)) == ["new", "other"]
+
+
+@pytest.mark.parametrize("name", ["new", b"new", "link/../new"])
+@pytest.mark.parametrize("call", ["sync_all", "sync_directory", "map_file"])
+async def test_relative_path_and_another_directory_meanwhile(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: FakeKernel,
+    call: str,
+    name: str | bytes,
+) -> None:
+    """The current directory changes between creation and failure: the file is removed all the
+    same, and what would have been made durable is the directory that it was made in."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    (other / "deep").mkdir(parents=True)
+    home.mkdir()
+    (home / "link").symlink_to(other / "deep")
+    monkeypatch.chdir(home)
+    kernel.before("reserve", lambda _: os.chdir(tmp_path))
+    kernel.fail(call, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        await Mmap.create(name, N)
+    assert caught.value.filename == name
+    assert os.listdir(home) == ["link"]
+    assert os.listdir(other) == ["deep"]
+    for each in kernel.calls:
+        if each.name == "sync_directory":
+            (folder,) = each.arguments
+            assert os.path.samefile(folder, other if "link" in str(name) else home)
+
+
+@only_linux
+async def test_relative_path_below_a_directory_that_may_not_be_searched(tmp_path: Path) -> None:
+    """Where only the relative name leads to the file, that one is used."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    (tmp_path / "home").mkdir()
+    os.chown(tmp_path / "home", 65534, 65534)
+    tmp_path.chmod(0o700)
+    done = run_python(_CREATE_AS_NOBODY, tmp_path / "home")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert os.listdir(tmp_path / "home") == ["new"]
+
+
+_CREATE_AS_NOBODY = """
+import os, sys
+from aiommap._file import create_file
+from aiommap._kernel import native
+
+os.chdir(sys.argv[1])
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+file, new = create_file(native, "new", 10, exist_ok=False, mode=0o666)
+assert new
+"""
+
+
+@pytest.mark.parametrize("name", ["missing/new", b"old"])
+async def test_errors_have_a_relative_path_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | bytes
+) -> None:
+    """Also where the file cannot be made."""
+    monkeypatch.chdir(tmp_path)
+    file_of(tmp_path, inc(100), "old")
+    with pytest.raises(OSError, match=r"\[Errno") as caught:
+        await AsyncMmap.create(name, N)
+    assert caught.value.errno in (errno.ENOENT, errno.EEXIST)
+    assert caught.value.filename == name
 
 
 async def test_file_and_name_are_durable(tmp_path: Path, kernel: FakeKernel) -> None:

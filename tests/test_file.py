@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +75,44 @@ def test_open_file_takes_no_more_rights_than_needed(tmp_path: Path, protection: 
     assert not os.get_inheritable(file.fd)
 
 
+@only_linux
+@pytest.mark.parametrize("create", [False, True])
+def test_a_leased_file_is_opened_when_the_lease_is_given_back(tmp_path: Path, create: bool) -> None:
+    """Samba and nfsd hold leases: who opens the file waits until they let go, and is let in."""
+    path = file_of(tmp_path, inc(N))
+    holder = os.open(path, os.O_RDWR)
+    give_back = threading.Timer(0.05, fcntl.fcntl, (holder, fcntl.F_SETLEASE, fcntl.F_UNLCK))
+    # The kernel tells the holder by a signal when somebody else opens the file.
+    before = signal.signal(signal.SIGIO, lambda number, frame: give_back.start())
+    try:
+        fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        if create:
+            file, _ = create_file(native, str(path), N, exist_ok=True, mode=0o666)
+        else:
+            file = open_file(native, str(path), Protection.READ)
+        assert file.size() == N
+        give_back.join()  # it was started: there was a lease
+    finally:
+        os.close(holder)
+        signal.signal(signal.SIGIO, before)
+
+
+@only_linux
+def test_no_second_try_for_a_fifo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no regular file is never opened in a way that may wait for ever."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    def refused(path: str, flags: int) -> int:
+        assert flags & os.O_NONBLOCK
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(BlockingIOError, match="temporarily") as caught:
+        open_file(native, str(path), Protection.READ)
+    assert caught.value.filename == str(path)
+
+
 def test_duplicate_shares_the_open_file(tmp_path: Path) -> None:
     """A duplicate is another descriptor of the same open file, and closed on exec."""
     with open(file_of(tmp_path, inc(N)), "rb") as original:
@@ -127,6 +169,64 @@ def test_inspect(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such device") as caught:
         folder.inspect(writable=False)
     assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, str(tmp_path))
+
+
+@only_linux
+def test_inspect_names_the_file_when_it_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS and FUSE answer fstat with errors too, and these have the path."""
+
+    def stale(fd: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    file = open_file(native, str(file_of(tmp_path, inc(N))), Protection.READ)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        with pytest.raises(OSError, match="Stale") as caught:
+            file.inspect(writable=False)
+    assert caught.value.filename == str(tmp_path / "data.bin")
+
+
+@only_linux
+def test_an_owner_without_a_number_may_be_anybody(tmp_path: Path) -> None:
+    """In a user namespace without numbers for users, ourselves and the file's owner are both
+    shown as 65534: it is not ours because of that, and mincore would lie."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to give the file to somebody else")
+    path = file_of(tmp_path, inc(N))
+    os.chmod(path, 0o644)
+    os.chown(path, 12345, 12345)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        done = subprocess.run(
+            ["unshare", "--user", sys.executable, "-c", _IN_A_USER_NAMESPACE],
+            stdin=fd,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(fd)
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"no user namespaces: {done.stderr}")
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "False", "True"]), done.stderr
+
+
+_IN_A_USER_NAMESPACE = """
+import os
+from aiommap._file import File
+from aiommap._kernel import native
+
+file = File(native, os.dup(0))
+print(os.fstat(0).st_uid == os.geteuid())
+file.inspect(writable=False)
+print(file.mincore_is_honest)
+file.inspect(writable=True)
+print(file.mincore_is_honest)
+"""
 
 
 @pytest.mark.parametrize(("size", "length"), [(0, N), (5, N), (N, N), (N - 1, N)])

@@ -467,6 +467,74 @@ async def test_one_of_a_batch_is_truncated(fake: FakeKernel, path: Path) -> None
         assert isinstance(outside.error, TruncatedError)
 
 
+@pytest.mark.parametrize(
+    ("offset", "length", "call"),
+    [(0, MIB, "sync_data"), (PAGE + 5, 20, "sync_range"), (0, PAGE + 20, "sync_range")],
+)
+async def test_truncated_while_the_disk_flushes(
+    fake: FakeKernel, path: Path, offset: int, length: int, call: str
+) -> None:
+    """The file was long enough when the flush began and is not when it ends: what the kernel
+    flushed of it may be less than what was asked for, and the task is told."""
+    async with opened(fake, path) as m:
+        with fake.hold(call, times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                flush = begin(tasks, partial(m.flush_range, offset, length))
+                await entered(hold)
+                os.truncate(path, PAGE + 10)
+                hold.release.set()
+        assert isinstance(flush.error, TruncatedError)
+        assert (flush.error.offset, flush.error.length) == (offset, length)
+        assert flush.error.size == PAGE + 10
+        assert flush.error.filename == str(path)
+        assert fake.names(*SYNCS) == [call]
+        await m.flush_range(0, PAGE)  # nothing is latched
+        os.truncate(path, MIB)
+        await m.flush()
+
+
+@pytest.mark.parametrize(
+    ("offset", "call"), [(PAGE + 10, "sync_data"), (2 * PAGE, "sync_data"), (5, "sync_range")]
+)
+async def test_one_of_a_batch_is_truncated_while_the_disk_flushes(
+    fake: FakeKernel, path: Path, offset: int, call: str
+) -> None:
+    """Those whose bytes the file still has are served by that flush; the other is told."""
+    async with opened(fake, path) as m:
+        with fake.hold("sync_data", times=1) as first, fake.hold(call, after=call == SYNCS[0]) as h:
+            async with anyio.create_task_group() as tasks:
+                begin(tasks, m.flush)
+                await entered(first)
+                inside = begin(tasks, partial(m.flush_range, 0, 10))
+                outside = begin(tasks, partial(m.flush_range, offset, PAGE + 10))
+                await let_others_run()
+                first.release.set()
+                await entered(h)
+                os.truncate(path, PAGE + 10)
+                h.release.set()
+        assert inside.error is None
+        assert isinstance(outside.error, TruncatedError)
+        assert fake.names(*SYNCS) == ["sync_data", call]
+
+
+@pytest.mark.parametrize(("length", "call"), [(MIB, "sync_data"), (PAGE, "sync_range")])
+async def test_the_size_cannot_be_told_after_a_flush(
+    fake: FakeKernel, path: Path, length: int, call: str
+) -> None:
+    """Then nothing is known to be durable: the task is told. It is no failed flush, and is not
+    latched."""
+    async with opened(fake, path) as m:
+        with fake.hold(call, times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                flush = begin(tasks, partial(m.flush_range, 0, length))
+                await entered(hold)
+                fake.fail("file_size", errno.ESTALE, times=1)
+                hold.release.set()
+        assert flush.error is not None
+        assert flush.error.errno == errno.ESTALE
+        await m.flush()
+
+
 async def test_a_map_that_shrinks_itself_is_not_truncated(fake: FakeKernel, path: Path) -> None:
     """A flush that waits while the map is made shorter is about what is left of it."""
     async with opened(fake, path) as m:

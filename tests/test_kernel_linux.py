@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from aiommap._options import Advice, Protection
 
 from .kernel_witnesses import PAGE, Answers, OpenFile, closed_descriptor, pattern, run_python
 from .paging import on_disk
+from .rigs.mounts import mount
 from .rigs.small_fs import small_fs
 
 
@@ -57,6 +59,110 @@ def test_tmpfs_is_in_memory_and_can_do_less() -> None:
             assert _linux.free_blocks(file.fd) == 0
         finally:
             os.close(file.fd)
+
+
+@pytest.mark.smallfs
+def test_capabilities_of_a_file_system_that_cannot_be_written() -> None:
+    """Mounted read-only, a directory and a file in it are told of; blocks cannot be reserved."""
+    with small_fs("tmpfs", 16 * PAGE) as small:
+        (small.path / "file").write_bytes(b"abc")
+        mount("tmpfs", small.path, "tmpfs", flags=_MS_REMOUNT_READ_ONLY)
+        for path in (small.path, small.path / "file"):
+            answer = _linux.capabilities(str(path))
+            assert not answer.reserve
+            assert not answer.nowait_reads
+            assert not answer.full_sync
+            assert answer.write_back_start
+
+
+_MS_REMOUNT_READ_ONLY = 32 | 1
+
+
+@pytest.mark.parametrize("path", ["/proc", "/proc/self/fd", "/sys"])
+def test_capabilities_of_what_has_no_files_of_ours(path: str) -> None:
+    """Where no file can be made there is an answer all the same."""
+    assert not _linux.capabilities(path).nowait_reads
+
+
+def test_capabilities_without_a_directory_for_temporary_files(
+    file: OpenFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without an argument the current directory is asked then, and where that cannot be written
+    either, it is told what can be."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert _linux.capabilities(None) == _linux.capabilities(str(tmp_path))
+    monkeypatch.chdir("/proc")
+    assert not _linux.capabilities(None).reserve
+
+
+def test_capabilities_without_proc(
+    file: OpenFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are found out without /proc, as in a bare chroot."""
+    expected = _linux.capabilities(str(file.path))
+    readlink = os.readlink
+
+    def no_proc(path: str) -> str:
+        if path.startswith("/proc"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return readlink(path)
+
+    monkeypatch.setattr(os, "readlink", no_proc)
+    for path in (str(file.path), str(tmp_path)):
+        assert _linux.capabilities(path) == expected
+    assert expected.reserve
+
+
+def test_capabilities_of_who_may_not_write() -> None:
+    """A directory and a file of somebody else: reads are tried on the file; nothing raises."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    path = Path("/etc/passwd")
+    script = f"""
+        import os
+        import encodings.ascii  # the library may be root's alone
+        from aiommap._kernel import _linux
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        for path in ({str(path.parent)!r}, {str(path)!r}):
+            answer = _linux.capabilities(path)
+            print(answer.nowait_reads, answer.reserve)
+        """
+    nowait = _linux.capabilities(str(path)).nowait_reads
+    assert run_python(script).split() == ["False", "False", str(nowait), "False"]
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EOVERFLOW])
+def test_what_cannot_be_told_is_not_in_memory(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """A container that refuses fstatfs, or a C library without it, is no error."""
+    memory = _linux.memory_file(PAGE, huge=False)
+    assert memory is not None
+    try:
+        assert _linux.file_is_in_memory(memory)
+        monkeypatch.setattr(_linux, "_fstatfs", Answers(error))
+        assert not _linux.file_is_in_memory(memory)
+        monkeypatch.setattr(_linux, "_fstatfs", None)
+        assert not _linux.file_is_in_memory(memory)
+    finally:
+        os.close(memory)
+
+
+@pytest.mark.parametrize(("machine", "size"), [("s390x", 4), ("ppc64le", 8), ("x86_64", 8)])
+def test_the_width_of_a_file_systems_type(machine: str, size: int) -> None:
+    """s390x has an unsigned int where the others have a long: big-endian, it makes a difference."""
+    script = f"""
+        import ctypes, os
+        os.uname = lambda: os.uname_result(("Linux", "", "", "", "{machine}"))
+        from aiommap._kernel import _linux
+        print(ctypes.sizeof(_linux._FileSystemType))
+        """
+    assert int(run_python(script)) == min(size, ctypes.sizeof(ctypes.c_long))
 
 
 def dirty_pages(fd: int) -> int:

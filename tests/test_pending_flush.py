@@ -387,6 +387,48 @@ async def test_truncated(fake: FakeKernel, path: Path, closed: bool) -> None:
     await m.aclose(flush=False)
 
 
+@pytest.mark.parametrize(("length", "call"), [(MIB, "sync_data"), (PAGE, "sync_range")])
+async def test_truncated_while_the_disk_flushes(
+    fake: FakeKernel, path: Path, length: int, call: str
+) -> None:
+    """The file is cut during the flush: wait() raises and does not return undone. What the file
+    still has is done."""
+    async with opened(fake, path) as m:
+        pending = await m.flush_async_range(PAGE, length - PAGE if length == MIB else length)
+        inside = await m.flush_async_range(PAGE, 5)
+        with fake.hold(call, times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                waiter = begin(tasks, pending.wait)
+                await entered(hold)
+                os.truncate(path, PAGE + 10)
+                hold.release.set()
+        assert isinstance(waiter.error, TruncatedError)
+        assert not pending.done
+        assert inside.done
+        await inside
+        assert fake.names(*SYNCS) == [call]
+        os.truncate(path, MIB)
+        await pending
+        assert pending.done
+
+
+@pytest.mark.parametrize(("length", "call"), [(MIB, "sync_data"), (PAGE, "sync_range")])
+async def test_resized_while_the_disk_flushes(
+    fake: FakeKernel, path: Path, length: int, call: str
+) -> None:
+    """The map's own resize cuts the file during the flush: what is left is done, no error."""
+    async with opened(fake, path) as m:
+        pending = await m.flush_async_range(MIB - length, length)
+        with fake.hold(call, times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                waiter = begin(tasks, pending.wait)
+                await entered(hold)
+                await m.resize(PAGE)
+                hold.release.set()
+        assert waiter.error is None
+        assert pending.done
+
+
 async def test_resized(fake: FakeKernel, path: Path) -> None:
     """The map's own resize cut it off: what is left is made durable, and that is no error."""
     async with opened(fake, path) as m:

@@ -23,8 +23,8 @@ from typing import Any
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
+from ._portable import can_reserve, search_with
 from ._portable import copy as copy_through_pipe
-from ._portable import search_with
 from ._protocol import Buffer, Capabilities, Scratch
 
 page_size = mmap.PAGESIZE
@@ -51,7 +51,10 @@ _sync_file_range = foreign(
 )
 _memmem = foreign(_libc, "memmem", _address, _address, _size, ctypes.c_char_p, _size)
 _memmove = foreign(_libc, "memmove", _address, _address, _address, _size)
-_fstatfs = foreign(_libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+# On 32-bit systems plain fstatfs is EOVERFLOW for a large file system; musl has only one.
+_fstatfs = foreign(_libc, "fstatfs64", ctypes.c_int, ctypes.c_int, ctypes.c_void_p) or foreign(
+    _libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)
 _process_vm_readv = foreign(
     _libc,
     "process_vm_readv",
@@ -121,6 +124,8 @@ _SYS_PROCESS_MADVISE = 440
 _PIDFD_SELF = -10000
 _MADV_WILLNEED = 3
 _SYS_CACHESTAT = 451
+# What struct statfs begins with, f_type (asm/statfs.h).
+_FileSystemType = ctypes.c_uint if os.uname().machine == "s390x" else ctypes.c_long
 _MEMORY_FILE_SYSTEMS = frozenset((0x01021994, 0x858458F6, 0x958458F6))  # tmpfs, ramfs, hugetlbfs
 
 _ADVICE = {
@@ -236,12 +241,10 @@ def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
 
 
 def file_is_in_memory(fd: int) -> bool:
-    assert _fstatfs is not None
-    # struct statfs begins with f_type, a long; 512 bytes are more than any architecture's.
-    buffer = (ctypes.c_long * 64)()
-    if _fstatfs(fd, ctypes.addressof(buffer)) == -1:
-        raise error_from_errno()
-    return (buffer[0] & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
+    buffer = (ctypes.c_long * 64)()  # more than struct statfs of any architecture
+    if _fstatfs is None or _fstatfs(fd, ctypes.addressof(buffer)) == -1:
+        return False  # a container may refuse it; it only spares waits
+    return (_FileSystemType.from_buffer(buffer).value & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
 
 
 def reads_directly(fd: int) -> bool:
@@ -602,20 +605,22 @@ def capabilities(path: str | bytes | None) -> Capabilities:
         address = address_of(memory)
         populate = _works(populate_read, address, page_size)
         mincore = _works(resident, address, page_size)
-    if path is None or os.path.isdir(path):
-        # A directory cannot be read, so a file of our own in it is asked.
-        with suppress(PermissionError), tempfile.TemporaryFile(dir=path) as file:
-            return _file_capabilities(file.fileno(), populate, mincore)
     if path is None:
         path = os.curdir
+        with suppress(FileNotFoundError):  # no directory of temporary files can be written
+            path = tempfile.gettempdir()
+    if os.path.isdir(path):
+        # A directory cannot be read, so a file of our own in it is asked, where one can be made.
+        with suppress(OSError), tempfile.TemporaryFile(dir=path) as file:
+            return _file_capabilities(file.fileno(), path, populate, mincore)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return _file_capabilities(fd, populate, mincore)
+        return _file_capabilities(fd, path, populate, mincore)
     finally:
         os.close(fd)
 
 
-def _file_capabilities(fd: int, populate: bool, mincore: bool) -> Capabilities:
+def _file_capabilities(fd: int, path: str | bytes, populate: bool, mincore: bool) -> Capabilities:
     nowait = True
     try:
         read_nowait(fd, [bytearray(1)], 0)
@@ -632,7 +637,7 @@ def _file_capabilities(fd: int, populate: bool, mincore: bool) -> Capabilities:
         full_sync=not file_is_in_memory(fd),
         huge_pages=_has_huge_pages(),
         ofd_locks=_has_ofd_locks(fd),
-        reserve=_can_reserve(fd),
+        reserve=can_reserve(path, reserve),
         page_size=page_size,
     )
 
@@ -654,14 +659,3 @@ def _has_ofd_locks(fd: int) -> bool:
     # struct flock: type, whence, start, length, pid; asked about, not taken.
     flock = b"\0\0\0\0\0\0\0\0" + bytes(24)
     return _works(fcntl.fcntl, fd, _F_OFD_GETLK, flock)
-
-
-def _can_reserve(fd: int) -> bool:
-    # Tried on a file of our own beside it: to reserve is to change.
-    path = os.readlink(f"/proc/self/fd/{fd}")
-    try:
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return reserve(file.fileno(), 0, page_size, grow=False)
-    except OSError:
-        return False

@@ -25,7 +25,8 @@ Scratch = bytearray | mmap.mmap
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """
-    What this kernel, and the file system of one path, can do.
+    What this kernel, and the file system of one path, can do. False is also what could not be
+    tried: ``nowait_reads`` in a directory, and ``reserve``, where no file can be made.
 
     :ivar populate: pages can be brought in with an error instead of SIGBUS (Linux 5.14)
     :ivar nowait_reads: a read that would wait for the disk can be refused
@@ -97,7 +98,7 @@ class Kernel(Protocol):
         """
 
     def file_is_in_memory(self, fd: int) -> bool:
-        """Whether stores to the file never wait for a disk (tmpfs, memfd)."""
+        """Whether stores to the file never wait for a disk (tmpfs, memfd); False in doubt."""
 
     def reads_directly(self, fd: int) -> bool:
         """Whether reads of the open file pass memory by, and want aligned buffers (O_DIRECT)."""
