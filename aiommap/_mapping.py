@@ -474,7 +474,7 @@ class Mapping(MappedMemory):
         with naming(self.filename):
             self.kernel.advise(*self._pages(offset, length), advice)
         if advice in _USES:
-            self.used_at_random = advice is Advice.RANDOM
+            self.used_at_random: bool = advice is Advice.RANDOM
 
     def page_numbers(self, offset: int, length: int) -> tuple[int, int]:
         """The pages of a range, ``(first, stop)``, counted from the page the map begins in."""

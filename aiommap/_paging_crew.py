@@ -120,7 +120,8 @@ class Load(Access[None]):
         self.length = length
         self.ahead: Sequence[Range] = ((offset, length),)
         self.result: None = None  # also where it failed: it may be waited for again
-        self.seconds = self.starting = 0.0
+        self.seconds: float = 0.0
+        self.starting: float = 0.0
         self.finished: float = 0.0
         self.write: bool = write
 
