@@ -258,7 +258,7 @@ def _absolute(path: str | bytes) -> str | bytes:
 
     Not os.path.abspath(), which takes ".." for the way back from a symbolic link.
     """
-    if os.path.isabs(path):
+    if not path or os.path.isabs(path):
         return path
     try:
         folder = os.getcwdb() if isinstance(path, bytes) else os.getcwd()

@@ -528,8 +528,12 @@ class Flusher:
         try:
             _, reach, limit = self._reach(file)
         except BaseException as exc:
-            for each in requests:
-                each.error = exc
+            for each in requests:  # each its own: what is raised gets a traceback
+                each.error = (
+                    OSError(exc.errno, exc.strerror, exc.filename)
+                    if isinstance(exc, OSError)
+                    else exc
+                )
             return []
         if reach == limit:
             return synced

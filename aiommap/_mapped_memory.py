@@ -315,6 +315,8 @@ class MappedMemory:
             try:
                 # Half the price of the size; the byte is in memory where this is asked.
                 return self._read_file_nowait(self._fd, self._probe, last) == 1
+            except BlockingIOError:
+                return False  # the page has gone; whether the file has it, a worker finds out
             except OSError:
                 pass
         try:

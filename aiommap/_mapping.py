@@ -116,10 +116,12 @@ class Mapping(MappedMemory):
 
     def _is_cached(self, offset: int, length: int) -> bool:
         assert self.file is not None
+        start, size = page_span(self.offset + offset, length, self.kernel.page_size)
         try:
-            return self._cached_bytes(self.file, offset, length) == length
+            cached = self.kernel.cached_pages(self.file.fd, start, size)
         except OSError:
             return False
+        return cached * self.kernel.page_size >= size
 
     def load_many(self, ranges: Sequence[Range], *, write: bool = False) -> bool:
         """
@@ -316,8 +318,9 @@ class Mapping(MappedMemory):
             # It overlaps the place it goes to; the kernel copies page by page, forwards.
             data = memoryview(self._copied_source(source, length))
             source = address_of(data)
-        if self.store_waits:
-            # So that an error is found before the first byte has changed.
+        if self.file is not None and not self.private:
+            # So that an error is found before the first byte has changed: also files in memory
+            # may have room for the first pages only.
             self.load(offset, length, write=True)
         self._copy(target, source, length, offset, write=True)
         # Truncated while we copied: some bytes went into pages that are gone.

@@ -36,7 +36,8 @@ class Access(Request, Generic[T]):
     """
     One use of a range of a mapping, in a worker.
 
-    :ivar ahead: ranges to start reading before
+    :ivar ahead: ranges to start reading before; of a large one, by who does it
+    :ivar announced: whether its pages, and if it is small all of those, have been started
     :ivar seconds: how long it took, from the start of those reads on
     :ivar starting: how long the start of those reads took of it
     """
@@ -44,6 +45,7 @@ class Access(Request, Generic[T]):
     __slots__ = (
         "_call",
         "ahead",
+        "announced",
         "length",
         "mapping",
         "offset",
@@ -68,6 +70,7 @@ class Access(Request, Generic[T]):
         self.offset: int = offset
         self.length: int = length
         self.ahead: Sequence[Range] = ahead
+        self.announced: bool = False
         self.seconds: float = 0.0
         self.starting: float = 0.0
         self.together: bool = length <= SMALL
@@ -77,8 +80,8 @@ class Access(Request, Generic[T]):
         self.mapping = self._call = None
 
     def start_ahead(self) -> None:
-        """Start reading what is to be read ahead."""
-        if self.ahead and self.mapping is not None:
+        """Start reading what is to be read ahead, unless that was done with others'."""
+        if self.ahead and self.mapping is not None and not (self.together and self.announced):
             began = time.monotonic()
             self.mapping.will_load(self.ahead)
             self.starting = time.monotonic() - began
@@ -99,7 +102,7 @@ class Access(Request, Generic[T]):
 
 class Load(Access[None]):
     """
-    A load of a moderate range, which can be waited for later, or together with others.
+    A load of a page or a piece, which can be waited for later, or together with others.
 
     :ivar finished: when, by the monotonic clock
     :ivar write: whether its pages are to be ready for stores
@@ -119,6 +122,7 @@ class Load(Access[None]):
         self.offset = offset
         self.length = length
         self.ahead: Sequence[Range] = ((offset, length),)
+        self.announced: bool = False
         self.result: None = None  # also where it failed: it may be waited for again
         self.seconds: float = 0.0
         self.starting: float = 0.0
@@ -180,16 +184,21 @@ class PagingCrew(StreamCrew[Access[Any]]):
         self._readahead = Readahead()
 
     def announce(self, requests: Sequence[Access[Any]]) -> None:
-        # Large ones last: they may wait for a place in the storage's queue. What they have read
-        # farther ahead, and whether that waits, is for who does them.
+        # Small ones again and again, while they wait; and large ones last, once: they may wait for
+        # a place in the storage's queue. What those have read farther ahead, and whether that
+        # waits, is for who does them.
         wanted = [each for each in requests if each.ahead]
         for mapping, group in _by_mapping([each for each in wanted if each.together]):
             looked = mapping.starts_reads  # then the kernel knows of those who read
             for each in group:
                 if not (looked and isinstance(each, Load) and not each.write):
                     self._read_on(mapping, each)
+                each.announced = True
             mapping.will_load([ahead for each in group for ahead in each.ahead])
-        for mapping, group in _by_mapping([each for each in wanted if not each.together]):
+        large = [each for each in wanted if not (each.together or each.announced)]
+        for mapping, group in _by_mapping(large):
+            for each in group:
+                each.announced = True
             if not mapping.reads_far:
                 mapping.will_load([(each.offset, each.length) for each in group])
 

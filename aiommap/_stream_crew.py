@@ -99,10 +99,11 @@ class StreamCrew(Crew[R]):
             took = time.monotonic() - began
             with self._lock:
                 self._performs_no_more(seat)
+                if took > SLOW_SECONDS:
+                    # Storage whose queue is full starts nothing on a hint: once more.
+                    self._announced = 0
             if took > SLOW_SECONDS:
                 self._some = max(some // 2, 1)
-                # Storage whose queue is full starts nothing on a hint. They are announced again.
-                self._announced = 0
             elif took < QUICK_SECONDS and len(seat.requests) == some:
                 self._some = min(some * 2, MOST_TOGETHER)
             self._hand_back(seat)

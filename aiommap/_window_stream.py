@@ -6,6 +6,7 @@ on asyncio, and its region would stay locked until then.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from contextlib import suppress
 from math import inf
@@ -62,6 +63,7 @@ class Windows(Uncopyable):
         "_loaded_until",
         "_loads",
         "_loads_end",
+        "_mapping",
         "_piece",
         "_pieces",
         "_position",
@@ -72,6 +74,7 @@ class Windows(Uncopyable):
 
     def __init__(self, core: OpenMap, size: int, offset: int, length: int) -> None:
         self._core = core
+        self._mapping = weakref.ref(core.mapping)  # through which pieces were loaded
         self._size = size
         self._position = offset
         self._end = offset + length
@@ -81,7 +84,7 @@ class Windows(Uncopyable):
         # Pieces that are being loaded, in order; where the last one ends, and how large it is.
         self._loads: deque[Load] = deque()
         self._loads_end = offset
-        self._piece = 1
+        self._piece = _LOOKED_UP // AHEAD
         self._pieces = core.pager.pieces_to_stream(offset, length)
         # Up to here they were waited for, until when that counts, and up to here windows are to be
         # looked up all the same.
@@ -136,7 +139,10 @@ class Windows(Uncopyable):
                 lock.leave(claim, type(error))
                 raise
         try:
-            core.still_inside(start, stop - start)
+            if core.still_inside(start, stop - start) is not self._mapping():
+                # Mapped anew, and what was loaded is not: it has to be looked up.
+                self._mapping = weakref.ref(core.mapping)
+                self._doubtful_until = max(self._doubtful_until, self._loads_end)
             if stop > self._loaded_until:
                 await self._load(start, stop)
             if (
@@ -162,9 +168,11 @@ class Windows(Uncopyable):
         if self._loads_end == start == self._doubtful_until and core.is_ready_nowait(
             start, stop - start
         ):
-            while self._loads_end < max(stop, min(start + _LOOKED_UP, self._end)):
-                self._next_piece()
-            self._loaded_until = self._doubtful_until = self._loads_end
+            # Not pieces of the stream: those begin behind, and what they read ahead with them.
+            end = self._loads_end = max(stop, min(start + _LOOKED_UP, self._end))
+            self._loaded_until = self._doubtful_until = end
+            self._pieces.close()
+            self._pieces = core.pager.pieces_to_stream(end, self._end - end)
             return
         fresh_until = self._fresh_until if start < self._loaded_until else inf
         while self._loaded_until < stop:
@@ -179,7 +187,7 @@ class Windows(Uncopyable):
             except BaseException as error:
                 # What is wrong may be in another window of the piece; and if this is cancelled,
                 # nobody can wait for it again.
-                self._doubtful_until = end
+                self._doubtful_until = max(self._doubtful_until, end)
                 if not isinstance(error, OSError):
                     raise
             finally:
@@ -215,7 +223,7 @@ class Windows(Uncopyable):
                 raise
             finally:
                 if count < len(piece):
-                    self._doubtful_until = piece.stop
+                    self._doubtful_until = max(self._doubtful_until, piece.stop)
 
     def _next_piece(self) -> tuple[range, Range]:
         piece, ahead = next(self._pieces)
@@ -240,8 +248,11 @@ class Windows(Uncopyable):
         """
         Release the window in hand and stop reading ahead. Safe to call again; no checkpoint.
 
+        :raises BusyResourceError: another task waits for the next window
         :raises BufferError: arrays over the last window are alive; its region is free
         """
+        if self._stepping:
+            raise BusyResourceError("waiting for the next window of")
         self._position = self._end
         self._read_no_more()
         self._release()

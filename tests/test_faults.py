@@ -430,6 +430,20 @@ class TestFullDisk:
             await m.write_at(0, b"x" * len(m))
 
     @pytest.mark.anyio
+    async def test_room_for_half_of_it(self, kind: str, make_small_fs: Callable[..., Any]) -> None:
+        """A store of which only the first pages find room changes none of them."""
+        small = make_small_fs(kind)
+        path = small.path / "sparse"
+        with open(path, "wb") as file:
+            file.truncate(SIZE)
+        async with AsyncMmap.open_path(path, "r+") as m:
+            small.fill(leave=8 << 10)
+            with pytest.raises(OSError) as caught:
+                await m.write_at(0, b"x" * (64 << 10))
+            assert caught.value.errno == errno.ENOSPC
+            assert await m.read_at(0, 4096) == bytes(4096)
+
+    @pytest.mark.anyio
     async def test_64_tasks(self, kind: str, make_small_fs: Callable[..., Any]) -> None:
         """Tasks that store into holes while the disk fills up and is freed: data or ENOSPC."""
         small = make_small_fs(kind)
