@@ -211,6 +211,8 @@ async def test_wrong_arguments(tmp_path: Path) -> None:
         AsyncMmap.create(tmp_path / "new", 1, mode="rw")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NUL"):
         AsyncMmap.create("a\0b", 1)
+    with pytest.raises(FileNotFoundError):
+        await AsyncMmap.create("", 1)
     assert os.listdir(tmp_path) == []
 
 

@@ -54,6 +54,16 @@ def mapped(
     return map_file(open_file(kernel, str(path), protection), protection, offset, length)
 
 
+@only_linux
+def test_a_page_that_has_gone_is_not_taken_for_there(tmp_path: Path) -> None:
+    """A read that would have to wait says that the page is not in memory, whatever the size is."""
+    kernel = FakeKernel()
+    mapping = mapped(kernel, file_of(tmp_path, inc(N)))
+    assert mapping.reaches_nowait(0, PAGE)
+    kernel.fail("read_nowait", errno.EAGAIN)
+    assert not mapping.reaches_nowait(0, PAGE)
+
+
 @pytest.mark.parametrize("protection", Protection)
 @pytest.mark.parametrize(("offset", "length"), [(0, None), (1, 5), (PAGE - 1, 2), (5_000, None)])
 def test_read(

@@ -365,6 +365,8 @@ async def test_of_two_tasks_one_is_refused(m: AsyncMmap) -> None:
         await anyio.wait_all_tasks_blocked()
         with pytest.raises(BusyResourceError):
             await anext(windows)
+        with pytest.raises(BusyResourceError):
+            await windows.aclose()
         await held.aclose()
     assert seen == [inc(4096)]
     await windows.aclose()
@@ -438,6 +440,64 @@ async def test_a_map_that_was_smaller_for_a_while(tmp_path: Path, kernel: FakeKe
         }
         assert covered.issuperset(gap)
     assert data == inc(size)[seen + (64 << 10) :]
+
+
+async def test_a_bad_piece_does_not_make_the_others_good(
+    tmp_path: Path, kernel: FakeKernel
+) -> None:
+    """What is to be looked up because it was not loaded is so also after a piece that failed."""
+    kernel.fail("read_nowait", errno.EAGAIN)
+    kernel.fail("resident", errno.EAGAIN)
+    kernel.fail("populate_read", errno.EIO, times=1)
+    async with Mmap.open_path(file_of(tmp_path, inc(4 << 20))) as m:
+        windows = m.windows(64 << 10)
+        windows._doubtful_until = 3 << 20
+        await anext(windows)
+        assert windows._doubtful_until == 3 << 20
+        await windows.aclose()
+
+
+async def test_the_read_ahead_begins_behind_what_was_looked_up(
+    tmp_path: Path, kernel: FakeKernel
+) -> None:
+    """However large the pieces are by then, the first 4 MiB are looked up, and all that follows is
+    asked for ahead."""
+    size = 48 << 20
+    async with Mmap.open_path(file_of(tmp_path, size)) as m:
+        await m.load()
+        kernel.calls.clear()
+        m._core.pager._streamed.bytes = 16 << 20
+        kernel.wrap("cached_pages", lambda real, fd, offset, length: 0)
+        async for _ in m.windows(1 << 20):
+            pass
+        hinted = {
+            position
+            for call in list(kernel.calls)
+            if call.name == "will_need_many"
+            for address, length in call.arguments[0]
+            for position in range(address - m.ptr(), address - m.ptr() + length, 64 << 10)
+        }
+    assert hinted == set(range(4 << 20, size, 64 << 10))
+
+
+async def test_mapped_anew_meanwhile(tmp_path: Path, kernel: FakeKernel) -> None:
+    """What was loaded through the old mapping is looked up in the new one."""
+    kernel.lack("nowait_reads")  # so that mincore is asked
+    size = 4 << 20
+    async with Mmap.open_path(file_of(tmp_path, inc(size)), "r+") as m:
+        windows = m.windows(64 << 10)
+        await anext(windows)
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(m.set_protection, "r")
+            await anyio.wait_all_tasks_blocked()
+            await anext(windows)  # behind it
+            kernel.calls.clear()
+        before = windows._loads_end
+        async for window in windows:
+            if windows._position <= before:
+                [call] = [each for each in kernel.calls if each.name == "resident"]
+                assert call.arguments[1] == len(window)
+            kernel.calls.clear()
 
 
 async def test_no_thread_to_read_ahead(
