@@ -68,6 +68,8 @@ class PieceSize:
         """
         A range in consecutive pieces, each as large as it may be by then.
 
+        Who takes a piece has to use it, with what is to be started: nobody else will.
+
         :param least: bytes of a piece, whatever the size may be; the last one may have fewer
         :return: pairs of a piece, and of what to start reading before it is waited for, as offset
             and length: each byte once, :data:`AHEAD` pieces from the beginning of this one
