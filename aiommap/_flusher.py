@@ -567,7 +567,10 @@ class PendingFlush(Uncopyable):
 
     @property
     def done(self) -> bool:
-        """Whether it is known to be durable: waited for, or covered by a later flush."""
+        """
+        Whether it is known to be durable: waited for, or covered by a later flush. Where somebody
+        has cut the file and made it long again before that, as it was then.
+        """
         return self._ticket.done
 
     @_workers.forgetful
