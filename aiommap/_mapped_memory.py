@@ -289,12 +289,19 @@ class MappedMemory:
     def _is_cached_nowait(self, offset: int, length: int) -> bool:
         """Whether a look at the range would start no read: its pages are there or on their way."""
         self.starts.recover(monotonic())
-        assert self.file is not None
-        start, size = page_span(self.offset + offset, length, self._page)
         try:
-            return self.kernel.cached_pages(self._fd, start, size) * self._page >= size
+            return self._is_cached(offset, length)
         except OSError:
             return self._is_resident_nowait(offset, length)
+
+    def _is_cached(self, offset: int, length: int) -> bool:
+        """
+        Whether its pages are there or on their way.
+
+        :raises OSError: the kernel does not tell
+        """
+        start, size = page_span(self.offset + offset, length, self._page)
+        return self.kernel.cached_pages(self._fd, start, size) * self._page >= size
 
     def _is_resident_nowait(self, offset: int, length: int) -> bool:
         if self.file is not None and not self.file.mincore_is_honest:

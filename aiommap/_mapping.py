@@ -97,7 +97,8 @@ class Mapping(MappedMemory):
         page = self.kernel.page_size
         # To count pages that are there takes less than to start reading them: of `find` a
         # fifteenth.
-        ranges = [each for each in ranges if each[1] < _FAR or not self._is_cached(*each)]
+        with suppress(OSError):
+            ranges = [each for each in ranges if each[1] < _FAR or not self._is_cached(*each)]
         # Of the file, so that its requests begin where its blocks do.
         hints = [
             hint
@@ -113,15 +114,6 @@ class Mapping(MappedMemory):
         if not self.kernel.will_need_many([(base + start, length) for start, length in hints]):
             for start, length in hints:
                 self.kernel.will_need(self.file.fd, start, length)
-
-    def _is_cached(self, offset: int, length: int) -> bool:
-        assert self.file is not None
-        start, size = page_span(self.offset + offset, length, self.kernel.page_size)
-        try:
-            cached = self.kernel.cached_pages(self.file.fd, start, size)
-        except OSError:
-            return False
-        return cached * self.kernel.page_size >= size
 
     def load_many(self, ranges: Sequence[Range], *, write: bool = False) -> bool:
         """

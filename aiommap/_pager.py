@@ -200,13 +200,16 @@ class Pager:
             await self._crew.do(Store(mapping, offset, data), stay=True)
             return
         with _asked_for(offset, len(data)):
-            # The first piece must not change anything if the last one cannot be written for a
-            # reason that is known now.
-            prepare = partial(mapping.prepare_stores, offset, len(data))
-            await self._crew.do(Access(mapping, offset, len(data), prepare))
             # The end that the copy runs into goes first, where the bytes are the map's own.
             backwards = mapping.distance(offset, data) < 0
+            prepared = False
             for piece, ahead in self._piece.pieces(offset, len(data), backwards=backwards):
+                if not prepared and len(piece) < len(data):
+                    # It must not change anything if another one cannot be written for a reason
+                    # that is known now; one alone finds out by itself.
+                    prepare = partial(mapping.prepare_stores, offset, len(data))
+                    await self._crew.do(Access(mapping, offset, len(data), prepare))
+                    prepared = True
                 part = data[piece.start - offset : piece.stop - offset]
                 call = partial(mapping.write, piece.start, part)
                 await self._do(Access(mapping, piece.start, len(piece), call, (ahead,)), stay=True)

@@ -433,10 +433,7 @@ class TestFullDisk:
     async def test_room_for_half_of_it(self, kind: str, make_small_fs: Callable[..., Any]) -> None:
         """A store of which only the first pages find room changes none of them."""
         small = make_small_fs(kind)
-        path = small.path / "sparse"
-        with open(path, "wb") as file:
-            file.truncate(SIZE)
-        async with AsyncMmap.open_path(path, "r+") as m:
+        async with AsyncMmap.open_path(file_of(small.path, SIZE), "r+") as m:
             small.fill(leave=8 << 10)
             with pytest.raises(OSError) as caught:
                 await m.write_at(0, b"x" * (64 << 10))

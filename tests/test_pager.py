@@ -818,6 +818,15 @@ class TestNothingByHalves:
             await m.write_at(0, b"x" * (4 * MIB))
         assert path.read_bytes() == bytes(3 * MIB)
 
+    async def test_one_piece_is_prepared_by_itself(self, tmp_path: Path) -> None:
+        """Only where there are more of them, blocks are reserved beforehand, for all of them."""
+        kernel = FakeKernel()
+        async with mapped_by(kernel).open_path(file_of(tmp_path, bytes(4 * MIB)), "r+") as m:
+            await m.write_at(0, bytes(100_000))
+            assert kernel.names("reserve") == []
+            await m.write_at(0, bytes(4 * MIB))
+            assert kernel.names("reserve") == ["reserve"]
+
     async def test_move_from_behind_the_end(self, shorter: tuple[AsyncMmap, Path]) -> None:
         """The source is looked at, too, and the error names it."""
         m, path = shorter
