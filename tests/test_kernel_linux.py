@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
-from aiommap._kernel import _linux, _portable, address_of
+from aiommap._kernel import _linux, _portable, _posix, address_of
 from aiommap._options import Advice, Protection
 
 from .kernel_witnesses import PAGE, Answers, OpenFile, closed_descriptor, pattern, run_python
@@ -193,20 +194,24 @@ def test_what_is_written_is_not_dirty_any_more(file: OpenFile, how: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("function", "name", "arguments"),
+    ("module", "function", "name", "arguments"),
     [
-        ("_msync", "sync_range", (0, PAGE)),
-        ("_sync_file_range", "start_write_back", (0, 0, 0, PAGE)),
-        ("_sync_file_range", "write_back", (0, 0, 0, PAGE)),
-        ("_madvise", "populate_read", (0, PAGE)),
+        (_linux, "_msync", "sync_range", (0, PAGE)),
+        (_linux, "_sync_file_range", "start_write_back", (0, 0, 0, PAGE)),
+        (_linux, "_sync_file_range", "write_back", (0, 0, 0, PAGE)),
+        (_posix, "_madvise", "populate_read", (0, PAGE)),
     ],
 )
 def test_linux_begins_again_after_a_signal(
-    monkeypatch: pytest.MonkeyPatch, function: str, name: str, arguments: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    function: str,
+    name: str,
+    arguments: tuple[int, ...],
 ) -> None:
     """EINTR is not an error: the call is made until it is through."""
     answers = Answers(errno.EINTR, errno.EINTR, 0)
-    monkeypatch.setattr(_linux, function, answers)
+    monkeypatch.setattr(module, function, answers)
     getattr(_linux, name)(*arguments)
     assert len(answers.calls) == 3
 
@@ -265,11 +270,11 @@ def test_linux_ranges_of_nothing_do_not_mean_the_rest_of_the_file(
 def test_linux_advise_believes_eagain_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few EAGAIN are tried again; one that does not pass is the caller's."""
     passing = Answers(errno.EAGAIN, errno.EAGAIN, 0)
-    monkeypatch.setattr(_linux, "_madvise", passing)
+    monkeypatch.setattr(_posix, "_madvise", passing)
     _linux.advise(0, PAGE, Advice.RANDOM)
     assert len(passing.calls) == 3
     staying = Answers(errno.EAGAIN)
-    monkeypatch.setattr(_linux, "_madvise", staying)
+    monkeypatch.setattr(_posix, "_madvise", staying)
     with pytest.raises(BlockingIOError, match="temporarily unavailable"):
         _linux.advise(0, PAGE, Advice.RANDOM)
     assert len(staying.calls) < 100
@@ -304,7 +309,7 @@ def test_advice_that_the_kernel_lacks_is_enotsup(
 ) -> None:
     """madvise says EINVAL to advice that is too new or not built in."""
     module = _linux if kind == "linux" else _portable
-    monkeypatch.setattr(module, "_madvise", Answers(errno.EINVAL))
+    monkeypatch.setattr(_posix, "_madvise", Answers(errno.EINVAL))
     with pytest.raises(OSError, match="not supported") as caught:
         module.advise(0, PAGE, Advice.RANDOM)
     assert caught.value.errno == errno.ENOTSUP
@@ -312,7 +317,7 @@ def test_advice_that_the_kernel_lacks_is_enotsup(
 
 def test_linux_populate_keeps_einval(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel before 5.14 says EINVAL to MADV_POPULATE_READ, and the caller knows it by that."""
-    monkeypatch.setattr(_linux, "_madvise", Answers(errno.EINVAL))
+    monkeypatch.setattr(_posix, "_madvise", Answers(errno.EINVAL))
     with pytest.raises(OSError, match="Invalid argument"):
         _linux.populate_read(0, PAGE)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from aiommap import AsyncMmap, FlushError, TruncatedError
 from aiommap._event_loop import current_event_loop
-from aiommap._kernel import _portable, address_of
+from aiommap._kernel import _pipe_copy, _portable, _posix, address_of
 from aiommap._kernel._guarded_copy import copy_until_missing
 from aiommap._kernel._map_registry import MapRegistry
 from aiommap._options import Advice, Protection
@@ -150,7 +150,7 @@ def test_portable_without_a_call_is_an_error(
     monkeypatch: pytest.MonkeyPatch, function: str, name: str, error: int
 ) -> None:
     """A C library without mincore (OpenBSD) or mlock is an error that says so."""
-    monkeypatch.setattr(_portable, function, None)
+    monkeypatch.setattr(_posix, function, None)
     with pytest.raises(OSError, match="not implemented") as caught:
         getattr(_portable, name)(0, PAGE)
     assert caught.value.errno == error
@@ -158,7 +158,7 @@ def test_portable_without_a_call_is_an_error(
 
 def test_portable_search_without_memmem(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not every C library has memmem; bytearray.find gives the same answer."""
-    monkeypatch.setattr(_portable, "_memmem", None)
+    monkeypatch.setattr(_posix, "_memmem", None)
     assert _portable.search(bytearray(b"xaxa"), 4, b"xa", last=False) == 0
     assert _portable.search(bytearray(b"xaxa"), 4, b"xa", last=True) == 2
 
@@ -206,7 +206,7 @@ def test_a_thread_takes_its_pipe_with_it() -> None:
 
 def test_the_pipe_reports_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not EFAULT is no missing page."""
-    monkeypatch.setattr(_portable, "_raw_write", Answers(errno.EBADF))
+    monkeypatch.setattr(_pipe_copy, "_raw_write", Answers(errno.EBADF))
     with pytest.raises(OSError, match="Bad file descriptor"):
         _portable.copy(0, 0, 10)
 

@@ -12,7 +12,7 @@ place on ARM, and it releases the GIL.
   the file; the rest is CPython's.
 * ``mach_vm_read_overwrite`` on ourselves is no guarded copy: from some size on it shares pages
   copy-on-write instead of touching them, and the fault comes with the first use of the copy.
-  The pipe of :mod:`._portable` touches them all.
+  The pipe of :mod:`._pipe_copy` touches them all.
 * There is no ``fallocate``: F_PREALLOCATE adds blocks behind the last one, and cannot fill
   holes.
 """
@@ -32,41 +32,42 @@ import struct
 from .._options import Protection
 from . import _portable
 from ._memory import address_of
+from ._pipe_copy import copy as copy
 from ._portable import advise as advise
 from ._portable import cached_pages as cached_pages
-from ._portable import can_reserve, hand_over, maps, msync, works
-from ._portable import copy as copy
 from ._portable import copy_many as copy_many
-from ._portable import cuts_mapped_files as cuts_mapped_files
 from ._portable import disk_queue as disk_queue
-from ._portable import duplicate as duplicate
 from ._portable import file_is_in_memory as file_is_in_memory
 from ._portable import file_size as file_size
-from ._portable import free_blocks as free_blocks
+from ._portable import hand_over, maps, msync
 from ._portable import known_file_size as known_file_size
 from ._portable import longest_hint as longest_hint
-from ._portable import map_granularity as map_granularity
 from ._portable import map_memory as map_memory
 from ._portable import memory_file as memory_file
-from ._portable import move as move
-from ._portable import page_size as page_size
 from ._portable import path_of as path_of
-from ._portable import pin as pin
-from ._portable import pin_limit as pin_limit
 from ._portable import populate_many as populate_many
 from ._portable import populate_read as populate_read
 from ._portable import populate_write as populate_write
 from ._portable import read as read
 from ._portable import read_ahead as read_ahead
 from ._portable import read_nowait as read_nowait
-from ._portable import reads_directly as reads_directly
-from ._portable import resident as resident
-from ._portable import search as search
-from ._portable import set_file_size as set_file_size
 from ._portable import start_write_back as start_write_back
-from ._portable import unpin as unpin
 from ._portable import will_need_many as will_need_many
 from ._portable import write_back as write_back
+from ._posix import can_reserve, sync_directory_with, works
+from ._posix import cuts_mapped_files as cuts_mapped_files
+from ._posix import duplicate as duplicate
+from ._posix import free_blocks as free_blocks
+from ._posix import map_granularity as map_granularity
+from ._posix import move as move
+from ._posix import page_size as page_size
+from ._posix import pin as pin
+from ._posix import pin_limit as pin_limit
+from ._posix import reads_directly as reads_directly
+from ._posix import resident as resident
+from ._posix import search as search
+from ._posix import set_file_size as set_file_size
+from ._posix import unpin as unpin
 from ._protocol import Capabilities
 
 map_file_flushes = True
@@ -126,15 +127,7 @@ def sync_all(fd: int) -> None:
 
 
 def sync_directory(path: str | bytes) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _full_sync(fd)
-    except OSError as exc:
-        # File systems without directory sync say EINVAL; their names need none.
-        if exc.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(fd)
+    sync_directory_with(_full_sync, path)
 
 
 def sync_range(address: int, length: int) -> None:

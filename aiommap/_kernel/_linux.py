@@ -14,7 +14,6 @@ import errno
 import fcntl
 import mmap
 import os
-import resource
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,40 +22,52 @@ from typing import Any
 
 from .._options import Advice, Protection
 from ._memory import address_of, error_from_errno, foreign
-from ._portable import can_reserve, search_with
-from ._portable import copy as copy_through_pipe
-from ._protocol import Buffer, Capabilities, Scratch
+from ._pipe_copy import copy as copy_through_pipe
+from ._posix import (
+    address_t,
+    can_reserve,
+    libc,
+    madvise,
+    map_anonymous,
+    size_t,
+    unsupported,
+    works,
+)
+from ._posix import cuts_mapped_files as cuts_mapped_files
+from ._posix import duplicate as duplicate
+from ._posix import free_blocks as free_blocks
+from ._posix import map_file as map_file
+from ._posix import map_file_flushes as map_file_flushes
+from ._posix import map_granularity as map_granularity
+from ._posix import move as move
+from ._posix import page_size as page_size
+from ._posix import pin as pin
+from ._posix import pin_limit as pin_limit
+from ._posix import reads_directly as reads_directly
+from ._posix import resident as resident
+from ._posix import search as search
+from ._posix import set_file_size as set_file_size
+from ._posix import sync_all as sync_all
+from ._posix import sync_directory as sync_directory
+from ._posix import unpin as unpin
+from ._protocol import Buffer, Capabilities
 
-page_size = mmap.PAGESIZE
-map_granularity = mmap.ALLOCATIONGRANULARITY
-map_file_flushes = False
-cuts_mapped_files = True
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_address = ctypes.c_void_p
-_size = ctypes.c_size_t
 _offset = ctypes.c_int64
 
-_msync = foreign(_libc, "msync", ctypes.c_int, _address, _size, ctypes.c_int)
-_madvise = foreign(_libc, "madvise", ctypes.c_int, _address, _size, ctypes.c_int)
-_mincore = foreign(_libc, "mincore", ctypes.c_int, _address, _size, ctypes.c_void_p)
-_mlock = foreign(_libc, "mlock", ctypes.c_int, _address, _size)
-_munlock = foreign(_libc, "munlock", ctypes.c_int, _address, _size)
+_msync = foreign(libc, "msync", ctypes.c_int, address_t, size_t, ctypes.c_int)
 # On 32-bit systems glibc's plain fallocate takes offsets of 32 bits; musl has only one.
 _fallocate = foreign(
-    _libc, "fallocate64", ctypes.c_int, ctypes.c_int, ctypes.c_int, _offset, _offset
-) or foreign(_libc, "fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int, _offset, _offset)
+    libc, "fallocate64", ctypes.c_int, ctypes.c_int, ctypes.c_int, _offset, _offset
+) or foreign(libc, "fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int, _offset, _offset)
 _sync_file_range = foreign(
-    _libc, "sync_file_range", ctypes.c_int, ctypes.c_int, _offset, _offset, ctypes.c_uint
+    libc, "sync_file_range", ctypes.c_int, ctypes.c_int, _offset, _offset, ctypes.c_uint
 )
-_memmem = foreign(_libc, "memmem", _address, _address, _size, ctypes.c_char_p, _size)
-_memmove = foreign(_libc, "memmove", _address, _address, _address, _size)
 # On 32-bit systems plain fstatfs is EOVERFLOW for a large file system; musl has only one.
-_fstatfs = foreign(_libc, "fstatfs64", ctypes.c_int, ctypes.c_int, ctypes.c_void_p) or foreign(
-    _libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+_fstatfs = foreign(libc, "fstatfs64", ctypes.c_int, ctypes.c_int, ctypes.c_void_p) or foreign(
+    libc, "fstatfs", ctypes.c_int, ctypes.c_int, ctypes.c_void_p
 )
 _process_vm_readv = foreign(
-    _libc,
+    libc,
     "process_vm_readv",
     ctypes.c_ssize_t,
     ctypes.c_int,
@@ -67,7 +78,7 @@ _process_vm_readv = foreign(
     ctypes.c_ulong,
 )
 _statx = foreign(
-    _libc,
+    libc,
     "statx",
     ctypes.c_int,
     ctypes.c_int,
@@ -76,13 +87,13 @@ _statx = foreign(
     ctypes.c_uint,
     ctypes.c_void_p,
 )
-_preadv2_types = (ctypes.c_int, _address, ctypes.c_int, _offset, ctypes.c_int)
+_preadv2_types = (ctypes.c_int, address_t, ctypes.c_int, _offset, ctypes.c_int)
 # With the GIL: what does not wait is done faster than it is given away and taken back.
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 _preadv2 = foreign(_libc_with_gil, "preadv64v2", ctypes.c_ssize_t, *_preadv2_types) or foreign(
     _libc_with_gil, "preadv2", ctypes.c_ssize_t, *_preadv2_types
 )
-_memfd_create = foreign(_libc, "memfd_create", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_memfd_create = foreign(libc, "memfd_create", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 def _by_number(library: ctypes.CDLL, *arguments: Any) -> Callable[..., int] | None:
@@ -93,9 +104,9 @@ def _by_number(library: ctypes.CDLL, *arguments: Any) -> Callable[..., int] | No
 
 
 _cachestat_types = (ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long)
-_syscall = _by_number(_libc, *_cachestat_types)
+_syscall = _by_number(libc, *_cachestat_types)
 _syscall_with_gil = _by_number(_libc_with_gil, *_cachestat_types)
-_process_madvise = _by_number(_libc, ctypes.c_long, _address, _size, ctypes.c_long, ctypes.c_ulong)
+_process_madvise = _by_number(libc, ctypes.c_long, address_t, size_t, ctypes.c_long, ctypes.c_ulong)
 
 _MS_SYNC = 4
 _MADV_POPULATE_READ = 22
@@ -109,7 +120,6 @@ _MFD_CLOEXEC = 1
 _MFD_HUGETLB = 4
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3
 _F_OFD_GETLK = 36
-_AGAIN_TRIES = 10  # of a madvise that says EAGAIN, before it is believed; out of the air
 _COPY_MOST = 0x7FFFFFFF // page_size * page_size  # MAX_RW_COUNT: no call moves more at once
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
@@ -144,12 +154,6 @@ _ADVICE = {
     Advice.COLD: 20,
     Advice.PAGE_OUT: 21,
 }
-_PROT = {
-    Protection.READ: mmap.PROT_READ,
-    Protection.READ_WRITE: mmap.PROT_READ | mmap.PROT_WRITE,
-    Protection.READ_COPY: mmap.PROT_READ | mmap.PROT_WRITE,
-    Protection.READ_EXECUTE: mmap.PROT_READ | mmap.PROT_EXEC,
-}
 
 
 class _Iovec(ctypes.Structure):
@@ -179,15 +183,7 @@ class _Statx(ctypes.Structure):
     )
 
 
-def _unsupported() -> OSError:
-    return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-
 # Files
-
-
-def duplicate(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
 
 
 def path_of(fd: int) -> str | None:
@@ -221,10 +217,6 @@ def _statx_size(fd: int, flags: int) -> int:
     return int(answer.size)
 
 
-def set_file_size(fd: int, size: int) -> None:
-    os.ftruncate(fd, size)
-
-
 def reserve(fd: int, offset: int, length: int, *, grow: bool) -> bool:
     # Not posix_fallocate: where the file system has no fallocate, glibc's emulation writes a
     # byte into every block and races with whoever else writes there.
@@ -245,10 +237,6 @@ def file_is_in_memory(fd: int) -> bool:
     if _fstatfs is None or _fstatfs(fd, ctypes.addressof(buffer)) == -1:
         return False  # a container may refuse it; it only spares waits
     return (_FileSystemType.from_buffer(buffer).value & 0xFFFFFFFF) in _MEMORY_FILE_SYSTEMS
-
-
-def reads_directly(fd: int) -> bool:
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def disk_queue(fd: int) -> int:
@@ -282,28 +270,8 @@ def _disk_setting(fd: int, *names: str) -> int | None:
     return None
 
 
-def free_blocks(fd: int) -> int:
-    return os.fstatvfs(fd).f_bavail
-
-
 def sync_data(fd: int) -> None:
     os.fdatasync(fd)
-
-
-def sync_all(fd: int) -> None:
-    os.fsync(fd)
-
-
-def sync_directory(path: str | bytes) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as exc:
-        # File systems without directory sync say EINVAL; their names need none.
-        if exc.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(fd)
 
 
 def start_write_back(fd: int, address: int, offset: int, length: int) -> None:
@@ -377,20 +345,10 @@ def will_need(fd: int, offset: int, length: int) -> None:
 # Maps
 
 
-def map_file(fd: int, length: int, protection: Protection, offset: int) -> mmap.mmap:
-    flags = mmap.MAP_PRIVATE if protection is Protection.READ_COPY else mmap.MAP_SHARED
-    if sys.version_info >= (3, 13):
-        # The descriptor is ours already; without this the map would keep a second one.
-        return mmap.mmap(
-            fd, length, flags=flags, prot=_PROT[protection], offset=offset, trackfd=False
-        )
-    return mmap.mmap(fd, length, flags=flags, prot=_PROT[protection], offset=offset)
-
-
 def create_memory_file(flags: int) -> int:
     # Not os.memfd_create: Python may have been built for a system without it (uv's are).
     if _memfd_create is None:
-        raise _unsupported()
+        raise unsupported()
     fd = _memfd_create(b"aiommap", flags)
     if fd == -1:
         raise error_from_errno()
@@ -420,10 +378,8 @@ def memory_file(length: int, *, huge: bool) -> int | None:
 
 
 def map_memory(length: int, protection: Protection, *, stack: bool, huge: bool) -> mmap.mmap:
-    flags = mmap.MAP_PRIVATE if protection is Protection.READ_COPY else mmap.MAP_SHARED
-    flags |= mmap.MAP_ANONYMOUS
-    flags |= (mmap.MAP_STACK if stack else 0) | (_MAP_HUGETLB if huge else 0)
-    return mmap.mmap(-1, length, flags=flags, prot=_PROT[protection])
+    flags = (mmap.MAP_STACK if stack else 0) | (_MAP_HUGETLB if huge else 0)
+    return map_anonymous(length, protection, flags)
 
 
 def sync_range(address: int, length: int) -> None:
@@ -434,24 +390,12 @@ def sync_range(address: int, length: int) -> None:
             raise error_from_errno()
 
 
-def _advise(address: int, length: int, advice: int) -> None:
-    assert _madvise is not None
-    refused = 0
-    while _madvise(address, length, advice) == -1:
-        error = ctypes.get_errno()
-        # EAGAIN is also what madvise(2) makes of "no more maps" (vm.max_map_count), and then
-        # it does not pass.
-        refused += error == errno.EAGAIN
-        if error not in (errno.EINTR, errno.EAGAIN) or refused == _AGAIN_TRIES:
-            raise OSError(error, os.strerror(error))
-
-
 def populate_read(address: int, length: int) -> None:
-    _advise(address, length, _MADV_POPULATE_READ)
+    madvise(address, length, _MADV_POPULATE_READ)
 
 
 def populate_write(address: int, length: int) -> None:
-    _advise(address, length, _MADV_POPULATE_WRITE)
+    madvise(address, length, _MADV_POPULATE_WRITE)
 
 
 def will_need_many(spans: Sequence[tuple[int, int]]) -> bool:
@@ -477,17 +421,9 @@ def _process_madvise_self(spans: Sequence[tuple[int, int]], advice: int) -> int 
     return None if done == -1 else done
 
 
-def resident(address: int, length: int) -> bytes:
-    assert _mincore is not None
-    vector = ctypes.create_string_buffer(-(-length // page_size))
-    if _mincore(address, length, vector) == -1:
-        raise error_from_errno()
-    return vector.raw
-
-
 def cached_pages(fd: int, offset: int, length: int) -> int:
     if _syscall is None or _syscall_with_gil is None:
-        raise _unsupported()
+        raise unsupported()
     if length == 0:  # would be the rest of the file
         return 0
     wanted = _CachestatRange(offset, length)
@@ -517,7 +453,7 @@ def copy(destination: int, source: int, length: int) -> int:
 
 def _copy_once(destination: int, source: int, length: int) -> int:
     if _process_vm_readv is None:
-        raise _unsupported()
+        raise unsupported()
     local = _Iovec(destination, length)
     remote = _Iovec(source, length)
     copied = _process_vm_readv(
@@ -545,19 +481,9 @@ def _vector(spans: Sequence[tuple[int, int]]) -> ctypes.Array[ctypes.c_size_t]:
     return (ctypes.c_size_t * (2 * len(spans)))(*[number for span in spans for number in span])
 
 
-def move(destination: int, source: int, length: int) -> None:
-    assert _memmove is not None
-    _memmove(destination, source, length)
-
-
-def search(data: Scratch, length: int, needle: bytes, *, last: bool) -> int:
-    assert _memmem is not None
-    return search_with(_memmem, data, length, needle, last=last)
-
-
 def advise(address: int, length: int, advice: Advice) -> None:
     try:
-        _advise(address, length, _ADVICE[advice])
+        madvise(address, length, _ADVICE[advice])
     except OSError as exc:
         if exc.errno != errno.EINVAL or _knows(advice):
             raise
@@ -569,42 +495,17 @@ def advise(address: int, length: int, advice: Advice) -> None:
 def _knows(advice: Advice) -> bool:
     """Whether the kernel takes an advice for the simplest memory that there is."""
     with mmap.mmap(-1, page_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        return _works(_advise, address_of(memory), page_size, _ADVICE[advice])
-
-
-def pin(address: int, length: int) -> None:
-    assert _mlock is not None
-    if _mlock(address, length) == -1:
-        raise error_from_errno()
-
-
-def unpin(address: int, length: int) -> None:
-    assert _munlock is not None
-    if _munlock(address, length) == -1:
-        raise error_from_errno()
-
-
-def pin_limit() -> int | None:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY else soft
+        return works(madvise, address_of(memory), page_size, _ADVICE[advice])
 
 
 # What works here, found by trying
 
 
-def _works(call: object, *arguments: object) -> bool:
-    try:
-        call(*arguments)  # type: ignore[operator]
-    except OSError:
-        return False
-    return True
-
-
 def capabilities(path: str | bytes | None) -> Capabilities:
     with mmap.mmap(-1, page_size) as memory:
         address = address_of(memory)
-        populate = _works(populate_read, address, page_size)
-        mincore = _works(resident, address, page_size)
+        populate = works(populate_read, address, page_size)
+        mincore = works(resident, address, page_size)
     if path is None:
         path = os.curdir
         with suppress(FileNotFoundError):  # no directory of temporary files can be written
@@ -631,7 +532,7 @@ def _file_capabilities(fd: int, path: str | bytes, populate: bool, mincore: bool
     return Capabilities(
         populate=populate,
         nowait_reads=nowait,
-        cachestat=_works(cached_pages, fd, 0, page_size),
+        cachestat=works(cached_pages, fd, 0, page_size),
         mincore=mincore,
         write_back_start=_can_start_write_back(fd),
         full_sync=not file_is_in_memory(fd),
@@ -658,4 +559,4 @@ def _has_huge_pages() -> bool:
 def _has_ofd_locks(fd: int) -> bool:
     # struct flock: type, whence, start, length, pid; asked about, not taken.
     flock = b"\0\0\0\0\0\0\0\0" + bytes(24)
-    return _works(fcntl.fcntl, fd, _F_OFD_GETLK, flock)
+    return works(fcntl.fcntl, fd, _F_OFD_GETLK, flock)
