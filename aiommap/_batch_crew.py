@@ -55,6 +55,7 @@ class BatchCrew(Crew[R]):
         try:
             while True:
                 group = next(steps)
+                _forget(group)
                 if group and len(group) == len(seat.requests):
                     self._hand_back(seat)
                 else:
@@ -62,6 +63,7 @@ class BatchCrew(Crew[R]):
                     seat.requests = [each for each in seat.requests if id(each) not in given]
                     post_surely(self._loop, self._deliver, group)
         except StopIteration as stop:
+            _forget(stop.value)
             seat.requests = list(stop.value)
         except BaseException as exc:
             self._spoil(seat, exc)  # those too that it took meanwhile
@@ -87,3 +89,10 @@ class BatchCrew(Crew[R]):
                     request._taken = False
                     self._waiting.appendleft(request)
             return self._yielding
+
+
+def _forget(requests: Sequence[Request]) -> None:
+    # Here, and before they are delivered: what goes with the last reference may wait, and who is
+    # woken may look.
+    for each in requests:
+        each.forget()

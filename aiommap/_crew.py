@@ -19,7 +19,7 @@ import anyio
 from anyio import CapacityLimiter
 
 from ._event_loop import EventLoop
-from ._workers import TRIES, LastCall, Work, acquire_token, post_surely, return_token, start
+from ._workers import TRIES, LastCall, Work, acquire_token, own, post_surely, return_token, start
 
 LINGER_SECONDS = 0.002
 """How long a crew's thread without work keeps its token: its end and another's start cost the
@@ -389,7 +389,7 @@ class Crew(Generic[R]):
         seat.requests = [each for each in seat.requests if each._taken]  # else it was put back
         for request in seat.requests:
             if not request.done and request.error is None:
-                request.error = error
+                request.error = own(error)
 
     def _deliver_and_retire(self, seat: Seat[R]) -> None:
         try:

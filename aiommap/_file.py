@@ -11,9 +11,10 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
+from typing import ClassVar
 
 from ._kernel import Kernel
 from ._options import Protection
@@ -30,6 +31,10 @@ def naming(filename: Filename) -> Iterator[None]:
         if exc.filename is None and filename is not None:
             exc.filename = filename
         raise
+
+
+def at_once(end: Callable[[], object]) -> None:
+    end()
 
 
 class File:
@@ -65,19 +70,22 @@ class File:
         self.read_ahead: int = 0
         self.longest_hint: int = sys.maxsize
 
+    finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(at_once)
+    """Closes the descriptor of a file that nobody uses any more: it may wait for a disk."""
+
     def __del__(self) -> None:
-        self.close()
+        fd, self.fd = self.fd, -1
+        if fd != -1:
+            type(self).finisher(partial(_close, fd))
 
     def close(self) -> None:
         """
-        Close the descriptor now: for a file that came to nothing, which the traceback of its
-        error would keep open for as long as somebody keeps the error.
+        Close the descriptor now, in a worker: for a file that came to nothing, which the traceback
+        of its error would keep open for as long as somebody keeps the error.
         """
         fd, self.fd = self.fd, -1
         if fd != -1:
-            # It is closed whatever the kernel says, and what it says is no flush's answer.
-            with suppress(OSError):
-                os.close(fd)
+            _close(fd)
 
     def inspect(self, *, writable: bool) -> None:
         """
@@ -145,6 +153,12 @@ class File:
                 if self.size() == size:
                     self.set_size(size)
             raise
+
+
+def _close(fd: int) -> None:
+    # It is closed whatever the kernel says, and what it says is no flush's answer.
+    with suppress(OSError):
+        os.close(fd)
 
 
 @cache

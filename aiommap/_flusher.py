@@ -49,7 +49,7 @@ from ._file import File, Filename
 from ._flush_batch import Failure, FlushLog, Ticket, length_inside, merge
 from ._mapping import Mapping
 from ._piece_size import PieceSize
-from ._range_sets import outside
+from ._range_sets import outside, union
 from ._ranges import pieces
 from ._slow_log import log_if_slow
 from ._uncopyable import Uncopyable
@@ -90,7 +90,7 @@ class _Flush(Request):
     is for workers. Without a mapping, the file's descriptor will do.
     """
 
-    __slots__ = ("failures", "file", "length", "mapping", "offset", "ticket", "wanted")
+    __slots__ = ("failures", "file", "in_bulk", "length", "mapping", "offset", "ticket", "wanted")
 
     def __init__(
         self,
@@ -116,6 +116,7 @@ class _Flush(Request):
         """How many there were when it was asked for."""
         self.ticket = ticket
         self.wanted = True
+        self.in_bulk = False
 
     def forget(self) -> None:
         self.file = None  # which would keep its descriptor open
@@ -141,7 +142,7 @@ class _Bulk:
 
     def __init__(self) -> None:
         self.requests: list[_Flush] = []
-        self._asked: list[Range] = []  # what pieces were made of already, in order
+        self._asked: list[Range] = []  # starts and stops of what pieces were made of, in order
         self._todo: deque[Range] = deque()
 
     def add(self, request: _Flush) -> None:
@@ -150,11 +151,11 @@ class _Bulk:
         begins later than this and covers it.
         """
         self.requests.append(request)
+        request.in_bulk = True
         start, stop = request.offset, request.offset + request.length
-        asked = [(offset, offset + length) for offset, length in self._asked]
-        for low, high in outside(start, stop, asked):
+        for low, high in outside(start, stop, self._asked):
             self._todo.append((low, high - low))
-        self._asked = merge([*self._asked, (start, stop - start)])
+        self._asked = union([*self._asked, (start, stop)])
 
     def next_pieces(self, size: int) -> list[Range]:
         """A piece to write now and the one after it; none when all is written or unwanted."""
@@ -184,7 +185,7 @@ class Flusher:
         self._start_in_file = mapping.offset
         self.length: int = mapping.length
         self._log = FlushLog()
-        self._log_lock = threading.Lock()  # held for a few instructions, never in a wait
+        self._log_lock = threading.Lock()  # held for a look at the open tickets, never in a wait
         # Held in workers only, while the file is cut: so that no flush takes that for a
         # truncation by somebody else.
         self._cut_lock = threading.Lock()
@@ -231,10 +232,9 @@ class Flusher:
         :raises TruncatedError: the file does not reach the range
         """
         assert mapping.file is not None
+        failures = self._log.failures  # before the check: one that comes in between counts
         self.check()
-        return self._do(
-            _Flush(mapping.file, weakref.ref(mapping), offset, length, self._log.failures)
-        )
+        return self._do(_Flush(mapping.file, weakref.ref(mapping), offset, length, failures))
 
     async def _do(self, request: _Flush) -> None:
         await checkpoint_if_cancelled()  # of a task that is cancelled already nothing begins
@@ -264,7 +264,9 @@ class Flusher:
         file = ticket.keeps
         if isinstance(file, File):  # else it is resolved
             failures = self._log.failures
-            await self._do(_Flush(file, mapping, ticket.offset, ticket.length, failures, ticket))
+            request = _Flush(file, mapping, ticket.offset, ticket.length, failures, ticket)
+            del file  # its end is for the worker
+            await self._do(request)
         if ticket.failure is not None:
             raise self._error(ticket.failure)
 
@@ -280,8 +282,11 @@ class Flusher:
         assert mapping.file is not None
         await checkpoint_if_cancelled()
         with self._log_lock:
-            # Before anything starts, so that it is told of whatever fails from now on.
-            ticket = self._log.ticket(offset, length, mapping.file)
+            # Before anything starts, so that it is told of whatever fails from now on. The map may
+            # be shorter already than the loop knows.
+            ticket = self._log.ticket(
+                offset, length_inside(offset, length, self.length), mapping.file
+            )
         pending = PendingFlush(self, weakref.ref(mapping), ticket)
         end = offset + length
         while offset < end:
@@ -333,8 +338,7 @@ class Flusher:
         try:
             _, reach, limit = self._reach(mapping.file)
         except BaseException as exc:
-            for each in requests:
-                each.error = exc
+            _spoil(requests, exc)
             return
         admitted = []
         for each in requests:
@@ -359,6 +363,13 @@ class Flusher:
                 each.error = self._error(failure)
 
     def _perform(self, requests: list[_Flush]) -> Generator[list[_Flush], None, list[_Flush]]:
+        try:
+            return (yield from self._flush_many(requests))
+        except BaseException:
+            self._bulk = _Bulk()  # whose requests get the error
+            raise
+
+    def _flush_many(self, requests: list[_Flush]) -> Generator[list[_Flush], None, list[_Flush]]:
         # Without those that were put back and then abandoned.
         self._bulk.requests = [each for each in self._bulk.requests if each.taken]
         while True:
@@ -366,7 +377,7 @@ class Flusher:
             for each in requests:
                 if each.length <= BULK:
                     small.append(each)
-                elif each not in self._bulk.requests:  # else it was put back
+                elif not each.in_bulk:  # else it was put back
                     self._bulk.add(each)
             if small:
                 began = time.monotonic()
@@ -380,11 +391,13 @@ class Flusher:
             if not self._write_piece(self._bulk):
                 break
             yield []
-            if self._crew.put_back([each for each in self._bulk.requests if each.wanted]):
-                return []
+            wanted, gone = _by_wanted(self._bulk.requests)
+            if self._crew.put_back(wanted):
+                self._bulk.requests = wanted
+                return gone
             requests = self._crew.take()
         bulk, self._bulk = self._bulk.requests, _Bulk()
-        wanted = [each for each in bulk if each.wanted]
+        wanted, _ = _by_wanted(bulk)
         if wanted:
             self._flush(wanted, in_bulk=False)
         return bulk
@@ -441,8 +454,7 @@ class Flusher:
             assert file is not None
             size, reach, limit = self._reach(file)
         except BaseException as exc:
-            for each in requests:
-                each.error = exc
+            _spoil(requests, exc)
             return
         # Looked at together: a failure that comes after this is one during the flush.
         with self._log_lock:
@@ -462,7 +474,9 @@ class Flusher:
             if not admitted:
                 return
             number = log.begin()
-        ranges = [(each.offset, each.length) for each in admitted]
+        ranges = [
+            (each.offset, length_inside(each.offset, each.length, reach)) for each in admitted
+        ]
         if len(ranges) > 1:
             ranges = merge(ranges)
         began = time.monotonic()
@@ -490,15 +504,15 @@ class Flusher:
         if failure is not None:
             request.error = self._error(failure)
             return False
-        return self._reaches(request, reach, limit)
+        self._clip(request, reach, limit)
+        # With an error, too, if the file has some of it: nobody may come again to flush that.
+        return request.error is None or request.offset < reach
 
-    def _reaches(self, request: _Flush, reach: int, limit: int) -> bool:
-        """Whether the file holds what is left of it in the map; else it has its error."""
+    def _clip(self, request: _Flush, reach: int, limit: int) -> None:
+        """To what is left of it in the map. It has its error where the file holds less."""
         request.length = length_inside(request.offset, request.length, limit)
         if request.length > reach - request.offset and request.length:
             request.error = TruncatedError(request.offset, request.length, reach, self._filename)
-            return False
-        return True
 
     def _sync(
         self, requests: list[_Flush], ranges: list[Range], size: int, in_bulk: bool
@@ -528,20 +542,28 @@ class Flusher:
         try:
             _, reach, limit = self._reach(file)
         except BaseException as exc:
-            for each in requests:  # each its own: what is raised gets a traceback
-                each.error = (
-                    OSError(exc.errno, exc.strerror, exc.filename)
-                    if isinstance(exc, OSError)
-                    else exc
-                )
+            _spoil(requests, exc)
             return []
         if reach == limit:
             return synced
         for each in requests:
-            self._reaches(each, reach, limit)
+            self._clip(each, reach, limit)
         if synced is None:
             return [(0, reach)]
         return [(offset, length_inside(offset, length, reach)) for offset, length in synced]
+
+
+def _by_wanted(requests: Sequence[_Flush]) -> tuple[list[_Flush], list[_Flush]]:
+    """Those that somebody waits for, and the others, at one instant."""
+    groups: tuple[list[_Flush], list[_Flush]] = ([], [])
+    for each in requests:
+        groups[not each.wanted].append(each)
+    return groups
+
+
+def _spoil(requests: Sequence[Request], error: BaseException) -> None:
+    for each in requests:
+        each.error = _workers.own(error)
 
 
 class PendingFlush(Uncopyable):

@@ -61,9 +61,9 @@ class MapShape(MapAccess):
 
             # The same length makes a file long again that was truncated.
             if length < core.mapping.length:
-                await self._reshape(partial(core.flusher.cut, resized, length))
+                await self._reshape(partial(core.flusher.cut, resized, length), resized=True)
             elif length > core.mapping.length or await core.run(core.mapping.reach) < length:
-                await self._reshape(resized)
+                await self._reshape(resized, resized=True)
 
     @_workers.forgetful
     async def set_protection(self, protection: Protection | str) -> None:
@@ -91,9 +91,11 @@ class MapShape(MapAccess):
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
         with core.lock.holding(claim):
             if protection is not core.mapping.protection:
-                await self._reshape(lambda: _reshaping.protected(core.mapping, protection))
+                await self._reshape(
+                    lambda: _reshaping.protected(core.mapping, protection), resized=False
+                )
 
-    async def _reshape(self, change: Callable[[], Mapping]) -> None:
+    async def _reshape(self, change: Callable[[], Mapping], *, resized: bool) -> None:
         core = self._core
         await core.flush_before_mapping()
         if core.mapping.exported():
@@ -111,7 +113,7 @@ class MapShape(MapAccess):
         finally:
             if made:
                 self._pins = Pins()
-                old = core.replace(made.pop())
+                old = core.replace(made.pop(), resized=resized)
                 await _workers.finish(old.clear)
 
     def into_view(self) -> Opening[MmapView]:

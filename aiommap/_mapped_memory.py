@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from ._buffers import is_plain
 from ._errors import TruncatedError
-from ._file import File, Filename
+from ._file import File, Filename, at_once
 from ._kernel import Kernel, address_of
 from ._options import Protection
 from ._ranges import page_span, pieces
@@ -37,10 +37,6 @@ before, 12 us else. Larger ranges always go to a worker.
 """
 
 SCRATCH = 64 << 10
-
-
-def _now(end: Callable[[], object]) -> None:
-    end()
 
 
 def _end(of: type[MappedMemory], memory: mmap.mmap, file: File | None) -> None:
@@ -122,7 +118,7 @@ class MappedMemory:
         self.used_at_random: bool = False  # as was advised last, for whatever part
         self.starts: ReadStarts = ReadStarts(file.disk_queue if file is not None else 0)
 
-    finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(_now)
+    finisher: ClassVar[Callable[[Callable[[], object]], object]] = staticmethod(at_once)
     """Runs what ends a mapping whose last user is gone; the map's makes that a worker's task."""
 
     def unmap(self) -> None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex
 
 from anyio import AsyncFile, CapacityLimiter
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from . import _kernel, _workers
 from ._arguments import (
@@ -268,7 +269,16 @@ class AsyncMmap(MapShape):
         limiter: CapacityLimiter | None,
         discard: Callable[[Mapping], object] = lambda mapping: None,
     ) -> Self:
-        mapping = await _workers.run(prepare(), limiter=limiter, discard=discard)
+        await checkpoint_if_cancelled()  # of a task that is cancelled already nothing begins
+        calls = [prepare()]
+        try:
+            mapping = await _workers.run(calls[0], limiter=limiter, discard=discard)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # It never began: a descriptor that was duplicated for it is closed by a worker.
+            await _workers.finish(calls.clear)
+            raise
         return cls(OpenMap(cls._kernel, mapping, limiter))
 
     # What it is

@@ -52,6 +52,7 @@ with their holes filled, and leave the first store into each page to the task (d
 # The last one to use a mapping may be the loop: a read that outlives the map's closing, a map
 # that nobody closed. Unmapping waits, and so does the last close of a descriptor.
 Mapping.finisher = staticmethod(_workers.off_the_loop)
+File.finisher = staticmethod(_workers.off_the_loop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class OpenMap:
         self._raw_stores = False
         self._whole_flushes = 0
         self._ending = 0
-        self.flush_owed: bool = False  # for a store that ended well after the map was closed
+        self.flush_owed: bool = False  # for a use that ended well after the map was closed
 
     # Checks
 
@@ -452,23 +453,26 @@ class OpenMap:
         self._ending -= 1
         await self.let_go()
 
-    async def end_of_use(self, *, failed: bool) -> None:
+    async def end_of_use(self, *, stored: bool, failed: bool) -> None:
         """
         A view or a store of a closed map has ended: the last one ends the map. Never cancelled.
 
+        :param stored: it may have stored something
         :param failed: with an exception, which nothing that is raised here may hide
         :raises FlushError: unless it failed
         """
         if self.in_use:
-            return
-        if not failed:
-            await self.end(flush=self.flush_at_end)
+            self.flush_owed |= stored and not failed
         elif not self.flush_owed:
-            await self.end(flush=False)
+            await self.end(flush=self.flush_at_end and not failed)
         else:
-            # What others were told is stored is flushed all the same.
-            with CancelScope(shield=True), suppress(OSError):
-                await self.end(flush=self.flush_at_end)
+            # What others stored, and ended well, is flushed all the same.
+            try:
+                with CancelScope(shield=True):
+                    await self.end(flush=self.flush_at_end)
+            except OSError:
+                if not failed:
+                    raise
 
     def close_forgotten(self) -> None:
         """
@@ -513,14 +517,13 @@ class OpenMap:
             self.flusher.close()
         return [mapping]
 
-    def replace(self, mapping: Mapping) -> list[Mapping]:
+    def replace(self, mapping: Mapping, *, resized: bool) -> list[Mapping]:
         """The map has another length or protection from now on; gives what is not needed."""
         if not self.is_mapped:
             return [mapping]  # it was closed meanwhile
         old, self.mapping = self.mapping, mapping
         self.flusher.length = mapping.length
-        if mapping.length != old.length:
-            self.written = True  # the size is something to be made durable
+        self.written |= resized  # the file's size is something to be made durable
         return [old]
 
     def statistics(self) -> MmapStatistics:
@@ -561,8 +564,7 @@ class _Storing:
         if exc_type is GeneratorExit:  # forgotten, and closed in any thread: nothing can be awaited
             core.loop.post(core.let_go_soon)
         elif core.closed:
-            core.flush_owed |= exc_type is None
-            await core.end_of_use(failed=exc_type is not None)
+            await core.end_of_use(stored=True, failed=exc_type is not None)
 
 
 def _is_named(file: File | None) -> bool:

@@ -375,7 +375,7 @@ class RegionView(Uncopyable):
     async def _finish(self, clean: bool, *, failed: bool) -> None:
         core = self._core
         if core.closed:
-            await core.end_of_use(failed=failed)
+            await core.end_of_use(stored=self._writable, failed=failed)
         if not clean and not failed:
             raise BufferError(
                 f"slices or arrays over the buffer of {self!r} are alive: the region is free for "

@@ -22,6 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from copy import copy
 from typing import Any, Generic, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
@@ -237,6 +238,14 @@ def without_frames(error: BaseException) -> BaseException:
             if earlier is not None and earlier is not error:
                 without_frames(earlier)
     return error
+
+
+def own(error: BaseException) -> BaseException:
+    """A copy for one of several tasks: what is raised gets a traceback, and a context."""
+    try:
+        return without_frames(copy(error))
+    except Exception:  # it cannot be made of its arguments, or there is no memory
+        return error
 
 
 _EXPECTED = (
