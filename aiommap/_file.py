@@ -50,6 +50,7 @@ class File:
         "kernel",
         "location",
         "longest_hint",
+        "made",
         "mincore_is_honest",
         "read_ahead",
     )
@@ -62,6 +63,8 @@ class File:
         self.filename: Filename = filename
         self.location: Filename = filename
         """As ``filename``; of a file that we created, absolute where that can be told."""
+        self.made: bool = False
+        """Whether it is removed if what it was made for comes to nothing."""
         self.anonymous: bool = anonymous
         self.in_memory: bool = anonymous
         self.direct: bool = False
@@ -191,15 +194,15 @@ def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
 def open_file(kernel: Kernel, path: str | bytes, protection: Protection) -> File:
     """Open by path with the rights that the protection needs, and no more."""
     flags = os.O_RDWR if protection is Protection.READ_WRITE else os.O_RDONLY
-    flags |= _SAFE_FLAGS
+    flags |= SAFE_FLAGS
     # A read that notes its time may wait for the file system's journal, even one that must not
     # wait for the disk (RWF_NOWAIT). Only the owner of a file may do without.
     with suppress(PermissionError):
-        return File(kernel, _open(path, flags | _NO_ACCESS_TIME), path)
-    return File(kernel, _open(path, flags), path)
+        return File(kernel, open_descriptor(path, flags | _NO_ACCESS_TIME), path)
+    return File(kernel, open_descriptor(path, flags), path)
 
 
-def _open(path: str | bytes, flags: int) -> int:
+def open_descriptor(path: str | bytes, flags: int) -> int:
     """As :func:`os.open`, which may wait for a lease to be given back, but for no FIFO."""
     try:
         return os.open(path, flags)
@@ -217,126 +220,9 @@ _NO_ACCESS_TIME: int = getattr(os, "O_NOATIME", 0)
 # Without it the open of a FIFO waits for its other end, for ever.
 _NONBLOCK: int = getattr(os, "O_NONBLOCK", 0)
 
-_SAFE_FLAGS = (
+SAFE_FLAGS = (
     getattr(os, "O_CLOEXEC", 0)
     | _NONBLOCK
     | getattr(os, "O_NOCTTY", 0)
     | getattr(os, "O_BINARY", 0)
 )
-
-_ATTEMPTS = 10
-"""To open or create a file that others create and remove meanwhile. Out of the air."""
-
-# Written where blocks cannot be reserved, in pieces: 1 MiB is one bio on common disks.
-_ZEROS = 1 << 20
-
-
-def create_file(
-    kernel: Kernel, path: str | bytes, length: int, *, exist_ok: bool, mode: int
-) -> tuple[File, bool]:
-    """
-    A file of ``length`` bytes with blocks and a durable name; and whether it is new.
-
-    With ``exist_ok`` a file that is there keeps its content and grows.
-
-    :raises FileExistsError: it is there, and ``exist_ok`` is false
-    :raises ValueError: it is there and longer than ``length``
-    :raises OSError: ENOSPC, EDQUOT, EFBIG...; no new file is left behind
-    """
-    location = _absolute(path)
-    try:
-        fd, created = _open_or_create(location, exist_ok=exist_ok, mode=mode)
-    except OSError as exc:
-        exc.filename = path  # as the caller calls it
-        raise
-    file = File(kernel, fd, path)
-    file.location = location
-    try:
-        file.inspect(writable=True)
-        grow_file(file, length, new=created)
-        with naming(path):
-            kernel.sync_all(fd)
-            kernel.sync_directory(os.path.dirname(location) or os.curdir)
-    except BaseException:
-        if created:
-            remove_file(file)
-        else:
-            file.close()
-        raise
-    return file, created
-
-
-def _absolute(path: str | bytes) -> str | bytes:
-    """
-    The same name wherever os.chdir() leads meanwhile: for the removal, and the directory's flush.
-
-    Not os.path.abspath(), which takes ".." for the way back from a symbolic link.
-    """
-    if not path or os.path.isabs(path):
-        return path
-    try:
-        folder = os.getcwdb() if isinstance(path, bytes) else os.getcwd()
-        os.stat(folder)  # fails below a directory that we may not search
-    except OSError:
-        return path
-    return os.path.join(folder, path)  # type: ignore[arg-type]
-
-
-def _open_or_create(path: str | bytes, *, exist_ok: bool, mode: int) -> tuple[int, bool]:
-    """A descriptor, and whether we made the file: who did not make it must not remove it."""
-    flags = os.O_RDWR | _SAFE_FLAGS
-    for _ in range(_ATTEMPTS):
-        try:
-            return os.open(path, flags | os.O_CREAT | os.O_EXCL, mode), True
-        except FileExistsError:
-            if not exist_ok:
-                raise
-        # Removed between the two calls, it is to be made after all. A symbolic link that leads
-        # nowhere is always there for the one and never for the other.
-        with suppress(FileNotFoundError):
-            return _open(path, flags), False
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-
-def grow_file(file: File, length: int, *, new: bool) -> None:
-    """Reserve blocks up to ``length``, then make the file as long; it is never cut."""
-    size = file.size()
-    if size > length:
-        raise ValueError(
-            f"the file has {size} bytes, more than the {length} asked for; open it instead, or "
-            f"choose a length of at least {size}"
-        )
-    if (size == 0 or file.reserve(0, size)) and (size == length or file.grow(length)):
-        return
-    if new:
-        _write_zeros(file, length)
-    elif size < length:
-        file.set_size(length)
-
-
-def _write_zeros(file: File, length: int) -> None:
-    # Only for a file that nobody else knows yet; in one that others have open it would race
-    # with their writes. There the file only grows, and a full disk shows at the first store.
-    with naming(file.filename), open(file.fd, "wb", buffering=0, closefd=False) as raw:
-        zeros = memoryview(bytes(min(length, _ZEROS)))
-        while length > 0:
-            length -= raw.write(zeros[:length])
-
-
-def remove_file(file: File) -> None:
-    """
-    Close a file that we created, and take it back unless the name is another file's by now.
-
-    It must not be mapped any more: Windows keeps the name of what is mapped or open.
-    """
-    assert file.location is not None
-    # Gone already, or it has to stay; the error on its way says more.
-    with suppress(OSError):
-        try:
-            # Before it is closed: a number that is free is soon another file's.
-            ours = os.fstat(file.fd)
-            theirs = os.stat(file.location, follow_symlinks=False)
-        finally:
-            file.close()
-        if os.path.samestat(ours, theirs):
-            os.unlink(file.location)

@@ -19,7 +19,8 @@ from ._arguments import (
     check_path,
     descriptor,
 )
-from ._file import create_file, duplicate_file, open_file, remove_file
+from ._file import duplicate_file, open_file
+from ._file_creation import create_file, remove_file, withdraw
 from ._map_making import map_file, map_memory, map_opened
 from ._map_shape import MapShape
 from ._mapping import Mapping
@@ -200,22 +201,15 @@ class AsyncMmap(MapShape):
         kernel = cls._kernel
 
         def created() -> Mapping:
-            file, new = create_file(kernel, name, length, exist_ok=exist_ok, mode=mode)
+            file = create_file(kernel, name, length, exist_ok=exist_ok, mode=mode)
             try:
-                mapping = map_file(file, Protection.READ_WRITE, 0, length)
+                return map_file(file, Protection.READ_WRITE, 0, length)
             except BaseException:
-                if new:
-                    remove_file(file)
-                else:
-                    file.close()
+                withdraw(file)
                 raise
-            made.append(new)
-            return mapping
-
-        made: list[bool] = []
 
         def discard(mapping: Mapping) -> None:
-            if made[0] and mapping.file is not None:
+            if mapping.file is not None and mapping.file.made:
                 mapping.unmap()
                 remove_file(mapping.file)
 

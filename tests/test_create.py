@@ -104,15 +104,14 @@ async def test_relative_path_below_a_directory_that_may_not_be_searched(tmp_path
 
 _CREATE_AS_NOBODY = """
 import os, sys
-from aiommap._file import create_file
+from aiommap._file_creation import create_file
 from aiommap._kernel import native
 
 os.chdir(sys.argv[1])
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
-file, new = create_file(native, "new", 10, exist_ok=False, mode=0o666)
-assert new
+assert create_file(native, "new", 10, exist_ok=False, mode=0o666).made
 """
 
 

@@ -13,15 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from aiommap._file import (
-    File,
-    create_file,
-    duplicate_file,
-    grow_file,
-    naming,
-    open_file,
-    remove_file,
-)
+from aiommap._file import File, duplicate_file, naming, open_file
+from aiommap._file_creation import create_file, grow_file, remove_file, withdraw
 from aiommap._kernel import native
 from aiommap._options import Protection
 
@@ -87,7 +80,7 @@ def test_a_leased_file_is_opened_when_the_lease_is_given_back(tmp_path: Path, cr
     try:
         fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         if create:
-            file, _ = create_file(native, str(path), N, exist_ok=True, mode=0o666)
+            file = create_file(native, str(path), N, exist_ok=True, mode=0o666)
         else:
             file = open_file(native, str(path), Protection.READ)
         assert file.size() == N
@@ -264,18 +257,19 @@ def test_a_reservation_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> N
     assert path.read_bytes() == inc(N)
 
 
-def test_create_file_tells_whether_it_is_new(tmp_path: Path) -> None:
-    """Who made the file knows it: only a new one may be taken back."""
+def test_create_file_tells_whether_it_is_to_be_taken_back(tmp_path: Path) -> None:
+    """Who made the file knows it: only a new one may be taken back, and not with exist_ok."""
     path = str(tmp_path / "new")
-    file, created = create_file(native, path, N, exist_ok=False, mode=0o666)
-    assert created
-    again, created = create_file(native, path, N, exist_ok=True, mode=0o666)
-    assert not created
+    file = create_file(native, path, N, exist_ok=False, mode=0o666)
+    assert file.made
+    again = create_file(native, path, N, exist_ok=True, mode=0o666)
+    assert not again.made
     with pytest.raises(FileExistsError, match="File exists"):
         create_file(native, path, N, exist_ok=False, mode=0o666)
-    remove_file(file)
+    withdraw(file)
     assert os.listdir(tmp_path) == []
     remove_file(file)  # gone already
     Path(path).write_bytes(b"theirs")
     remove_file(again)
     assert Path(path).read_bytes() == b"theirs"
+    assert not create_file(native, path + "2", N, exist_ok=True, mode=0o666).made

@@ -22,7 +22,7 @@ _region_queue _flush_batch
 _claim_lock _file
 _mapped_memory
 _mapping
-_byte_search _map_making _workers
+_byte_search _file_creation _map_making _workers
 _crew
 _batch_crew _stream_crew _reshaping
 _paging_crew
@@ -54,7 +54,8 @@ FORBIDDEN = {
         {"anyio", "asyncio", "trio"},
     ),
     "tasks where files and addresses are": (
-        {"_file", "_mapped_memory", "_mapping", "_map_making", "_byte_search", "_reshaping"},
+        {"_file", "_file_creation", "_mapped_memory", "_mapping", "_map_making", "_byte_search",
+         "_reshaping"},
         {"anyio", "asyncio", "trio", "ctypes"},
     ),
     "anything but values in the rules": (
