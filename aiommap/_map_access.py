@@ -232,7 +232,8 @@ class MapAccess(Uncopyable):
         view. Cancelled, it leaves; what is under way goes on.
 
         :raises FlushError: this flush failed, or an earlier one that was not cleared
-        :raises TruncatedError: the file does not reach the end of the map any more
+        :raises TruncatedError: the file does not reach the end of the map any more; what it
+            still has is durable
         """
         await self._core.flush(0, self._checked().length)
 

@@ -181,7 +181,8 @@ class AsyncMmap(MapShape):
 
         Its blocks are reserved, so that a full disk is an error here and not a crash at a
         store later; file and name are durable when this returns. No new file is left behind
-        when it fails or is cancelled.
+        when it fails or is cancelled, but with ``exist_ok`` one that was whole by then: others
+        may be using it.
 
         :param path: a relative one leads on from the directory that is current when the work
             begins

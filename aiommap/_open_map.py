@@ -378,12 +378,12 @@ class OpenMap:
         return self.flusher.flush(mapping, offset, length)
 
     async def _flush_all(self, length: int) -> None:
-        self.flusher.check()
+        flush = self.flusher.flush(self.mapping, 0, length)  # not where an earlier one failed
         # Before it begins: what is stored from now on is not this flush's.
         self.written = self._raw_stores or self.views > 0
         self._whole_flushes += 1
         try:
-            await self.flusher.flush(self.mapping, 0, length)
+            await flush
         except BaseException:
             self.written = True
             raise

@@ -10,11 +10,21 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from aiommap import AsyncMmap, Protection
+from aiommap import AsyncMmap, Protection, _file_creation
 from aiommap._event_loop import current_event_loop
 
-from .content import file_of, inc, only_linux, open_descriptors, settled_descriptors, zeros
+from .content import (
+    file_descriptors,
+    file_of,
+    inc,
+    maps_of,
+    only_linux,
+    open_descriptors,
+    settled_descriptors,
+    zeros,
+)
 from .fake_kernel import FakeKernel
+from .flushing import begin
 from .processes import run_python
 
 pytestmark = pytest.mark.anyio
@@ -346,3 +356,93 @@ async def test_a_file_that_took_the_name_meanwhile_stays(
     with pytest.raises(OSError, match="Input/output error"):
         await Mmap.create(path, N)
     assert path.read_bytes() == b"theirs"
+
+
+# Others who look at the same name meanwhile
+
+
+@only_linux
+async def test_nobody_sees_half_of_a_file(tmp_path: Path, kernel: FakeKernel) -> None:
+    """Until it has its blocks and its length, a new file has no name."""
+    seen: list[list[str]] = []
+    kernel.before("reserve", lambda _: seen.append(os.listdir(tmp_path)))
+    kernel.before("sync_all", lambda _: seen.append(os.listdir(tmp_path)))
+    async with Mmap.create(tmp_path / "new", N):
+        assert maps_of(tmp_path / "new") == 1
+        assert len(file_descriptors(tmp_path / "new")) >= 1
+    assert seen[0] == []
+    assert seen[-1] == ["new"]
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("exist_ok", [False, True])
+@pytest.mark.parametrize("lacking", ["O_TMPFILE", "/proc"])
+async def test_where_files_have_a_name_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str, exist_ok: bool
+) -> None:
+    """File systems, and systems, without files that have no name yet; and where there is no /proc
+    to name them through."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if lacking == "/proc":
+        monkeypatch.setattr(os, "link", refuse)
+    else:
+        monkeypatch.setattr(_file_creation, "_UNNAMED", 0)
+    before = settled_descriptors()
+    async with AsyncMmap.create(tmp_path / "new", N, exist_ok=exist_ok) as m:
+        assert await m.read_at(0, N) == zeros(N)
+    with pytest.raises(OSError, match=r"\[Errno"):
+        await AsyncMmap.create(tmp_path / "other", 2**62, exist_ok=exist_ok)
+    assert os.listdir(tmp_path) == ["new"]
+    assert settled_descriptors() == before
+
+
+@pytest.mark.parametrize("exist_ok", [False, True])
+async def test_somebody_takes_the_name_meanwhile(
+    tmp_path: Path, kernel: FakeKernel, exist_ok: bool
+) -> None:
+    """The file that is there when ours is whole stays: it is mapped, or an error."""
+    path = tmp_path / "new"
+    taken: list[int] = []
+
+    def take(_: object) -> None:
+        if not path.exists():
+            taken.append(path.write_bytes(b"theirs"))
+
+    kernel.before("reserve", take)
+    if exist_ok:
+        async with Mmap.create(path, N, exist_ok=True) as m:
+            assert await m.read_at(0, 10) == b"theirs" + zeros(4)
+    else:
+        with pytest.raises(FileExistsError) as caught:
+            await Mmap.create(path, N)
+        assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+        assert path.read_bytes() == b"theirs"
+    assert taken == [6]
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_two_who_make_the_same_file(tmp_path: Path, kernel: FakeKernel, how: str) -> None:
+    """One finds the file of the other, stores and flushes; what becomes of the other then takes
+    nothing away from it."""
+    path = tmp_path / "new"
+    loop = current_event_loop()
+    made = anyio.Event()
+    with kernel.hold("sync_all", times=1, on_enter=lambda: loop.post(made.set)) as hold:
+        async with anyio.create_task_group() as tasks:
+            other = begin(tasks, lambda: Mmap.create(path, N, exist_ok=True))
+            await made.wait()
+            async with Mmap.create(path, N, exist_ok=True) as m:
+                await m.write_at(0, b"durable")
+                await m.flush()
+                if how == "fails":
+                    kernel.fail("sync_directory", errno.EIO, times=1)
+                else:
+                    other.scope.cancel()
+                hold.release.set()
+                await other.done.wait()
+    assert (other.error is not None) is (how == "fails")
+    assert path.read_bytes()[:7] == b"durable"

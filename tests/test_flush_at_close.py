@@ -552,3 +552,72 @@ async def test_native_cancellation_of_closing(fake: FakeKernel, path: Path) -> N
             await task
         assert m.closed
         hold.release.set()
+
+
+@pytest.mark.parametrize("first", ["good", "bad"])
+@pytest.mark.parametrize("bad", ["fails", "is cancelled"])
+async def test_what_ended_well_is_flushed_whoever_ends_last(
+    fake: FakeKernel, path: Path, first: str, bad: str
+) -> None:
+    """Of two views of a closed map one ends well and the other does not: what the first stored is
+    durable, in whatever order they end."""
+    m = await mapped_by(fake).open_path(path, "r+")
+    left, right = (await m.into_view()).split_at(PAGE)
+
+    async def end_well() -> None:
+        async with left:
+            left[:4] = b"good"
+
+    async def end_badly() -> None:
+        if bad == "fails":
+            with pytest.raises(ZeroDivisionError):
+                async with right:
+                    raise ZeroDivisionError
+        else:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await right.aclose()
+
+    ends = (end_well, end_badly) if first == "good" else (end_badly, end_well)
+    for end in ends:
+        await end()
+    assert fake.disk.durable(path)[:4] == b"good"
+    await gone(path)
+
+
+@pytest.mark.parametrize("flush", [True, False])
+async def test_a_reader_that_ends_last(fake: FakeKernel, path: Path, flush: bool) -> None:
+    """It ends the map with the flush that a writer's bytes would else not get, unless the map was
+    closed without one."""
+    m = await mapped_by(fake).open_path(path, "r+")
+    writer, reader = await m.view_mut(0, 10), await m.view(PAGE, 10)
+    await m.aclose(flush=flush)
+    writer[:4] = b"good"
+    await writer.aclose()
+    with pytest.raises(ZeroDivisionError):
+        async with reader:
+            raise ZeroDivisionError
+    assert (fake.disk.durable(path)[:4] == b"good") is flush
+    await gone(path)
+
+
+async def test_views_that_all_end_badly_flush_nothing(fake: FakeKernel, path: Path) -> None:
+    """The control: nobody was told that anything ended well."""
+    m = await mapped_by(fake).open_path(path, "r+")
+    for view in (await m.into_view()).split_at(PAGE):
+        with pytest.raises(ZeroDivisionError):
+            async with view:
+                view[:4] = b"lost"
+                raise ZeroDivisionError
+    assert not fake.names(*SYNCS)
+
+
+async def test_a_file_made_long_again_is_flushed(fake: FakeKernel, path: Path) -> None:
+    """resize() to the length that the map has changes the file's size, where somebody cut it; and
+    leaving makes that durable."""
+    async with mapped_by(fake).open_path(path, "r+") as m:
+        with open(path, "r+b") as file:
+            file.truncate(PAGE)
+        await m.resize(MIB)
+        fake.calls.clear()
+    assert fake.names(*SYNCS) == ["sync_data"]

@@ -16,10 +16,11 @@ from anyio import CapacityLimiter
 from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, FlushError, TruncatedError
-from aiommap._flusher import BULK
+from aiommap._flusher import BULK, Flusher
+from aiommap._piece_size import PieceSize
 
 from .cancelling import let_others_run, on_asyncio
-from .content import at_rest, file_of
+from .content import at_rest, file_of, gone
 from .fake_kernel import PATIENCE, FakeKernel
 from .flushing import SYNCS, begin, entered, mapped_by, opened
 
@@ -429,7 +430,83 @@ async def test_a_file_that_cannot_be_looked_at_is_not_latched(fake: FakeKernel, 
         await m.flush()
 
 
+@pytest.mark.parametrize("how", ["flush", "flush_async"])
+async def test_the_file_cannot_be_measured_for_many(fake: FakeKernel, path: Path, how: str) -> None:
+    """Each task gets an error of its own, with a traceback of its own, and who keeps one keeps no
+    descriptor with it."""
+    async with opened(fake, path) as m:
+        fake.fail("file_size", errno.ESTALE)
+        with fake.hold("file_size", times=1) as hold:
+            async with anyio.create_task_group() as tasks:
+                outcomes = [begin(tasks, getattr(m, how)) for _ in range(20)]
+                await entered(hold)
+                await let_others_run()
+                hold.release.set()
+        errors = [outcome.error for outcome in outcomes]
+        assert {(error.errno, error.filename) for error in errors if error is not None} == {
+            (errno.ESTALE, str(path))
+        }
+        assert len(set(map(id, errors))) == 20
+        fake.heal()
+    await gone(path)
+
+
+async def test_a_failure_between_the_check_and_the_request(
+    fake: FakeKernel, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails, and is cleared, in the very moment in which a flush is asked for is told."""
+    async with opened(fake, path) as m:
+        flusher = m._core.flusher
+        real = Flusher.check
+        moments = iter([True])
+
+        def check(self: Flusher) -> None:
+            real(self)
+            if next(moments, False):
+                self._failed(OSError(errno.EIO, ""), [(0, 1)])
+                self.clear()
+
+        monkeypatch.setattr(Flusher, "check", check)
+        with pytest.raises(FlushError):
+            await m.flush()
+        assert next(moments, None) is None
+        await m.flush()
+        assert flusher.done == 1
+
+
 # Truncated
+
+
+@pytest.mark.parametrize("how", ["flush", "aclose", "leave"])
+async def test_what_a_cut_file_still_has_is_flushed(how: str, path: Path) -> None:
+    """One byte less is an error, and all the others are durable all the same: nobody might come
+    again to flush them."""
+    fake = FakeKernel(durability=True)
+    m = await mapped_by(fake).open_path(path, "r+")
+    await m.write_at(0, b"precious")
+    os.truncate(path, MIB - 1)
+    with pytest.raises(TruncatedError) as caught:
+        if how == "leave":
+            async with m:
+                pass
+        else:
+            await getattr(m, how)()
+    assert (caught.value.offset, caught.value.length, caught.value.size) == (0, MIB, MIB - 1)
+    assert fake.disk.durable(path)[:8] == b"precious"
+    await m.aclose(flush=False)
+
+
+async def test_a_write_back_of_a_cut_file_that_fails(fake: FakeKernel, path: Path) -> None:
+    """What the disk says counts for more than that the file is short: it stays."""
+    async with opened(fake, path) as m:
+        os.truncate(path, MIB - 1)
+        fake.fail("sync_data", errno.EIO, times=1)
+        for _ in range(2):
+            with pytest.raises(FlushError):
+                await m.flush()
+        await m.clear_flush_error()
+        with pytest.raises(TruncatedError):
+            await m.flush()
 
 
 async def test_truncated_each_time_until_long_again(fake: FakeKernel, path: Path) -> None:
@@ -796,3 +873,50 @@ async def test_statistics_count(fake: FakeKernel, path: Path) -> None:
         assert statistics.flushes_requested == 2
         assert statistics.flushes_done == 1
         assert statistics.writebacks_started == 1
+
+
+async def test_a_large_flush_that_nobody_wants_any_more_is_let_go(
+    fake: FakeKernel, large: Path
+) -> None:
+    """Cancelled in the moment in which it is put back for others' sake, it keeps no descriptor."""
+    limiter = CapacityLimiter(1)
+    async with opened(fake, large, limiter) as m:
+        with (
+            fake.hold("write_back", times=1) as first,
+            fake.hold("write_back", after=1, times=1) as second,
+        ):
+            async with anyio.create_task_group() as tasks:
+                whole = begin(tasks, m.flush)
+                await entered(first)
+                begin(tasks, m.file_size)  # which waits for the only token
+                while not limiter.statistics().tasks_waiting:
+                    await checkpoint()
+                first.release.set()
+                await entered(second)
+                # The crew has heard by then that others wait.
+                while not m._core.flusher._crew._yielding:
+                    await checkpoint()
+                whole.scope.cancel()
+                await whole.done.wait()
+                second.release.set()
+    await at_rest(limiter)
+    assert m._core.flusher._bulk.requests == []
+    await gone(large)
+
+
+async def test_a_mistake_in_the_middle_of_a_large_flush(
+    fake: FakeKernel, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, say: the task is told, and the next flush begins anew."""
+
+    def took(self: PieceSize, *_: object) -> None:
+        monkeypatch.undo()
+        raise MemoryError
+
+    async with opened(fake, large) as m:
+        monkeypatch.setattr(PieceSize, "took", took)
+        with pytest.raises(MemoryError):
+            await m.flush()
+        assert m._core.flusher._bulk.requests == []
+        await m.flush()
+        assert m.statistics().flushes_done == 1
