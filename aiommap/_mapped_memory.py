@@ -148,14 +148,12 @@ class MappedMemory:
         )
 
     @property
-    def store_waits(self) -> bool:
-        """Whether the first store into a page may wait for a disk (journal, throttling)."""
+    def shares_disk(self) -> bool:
+        """
+        Whether pages come from a disk, are the same for everybody, and cost no memory. Then the
+        first store into one may wait for it (journal, throttling).
+        """
         return self.file is not None and not self.private and not self.file.in_memory
-
-    @property
-    def pages_are_files(self) -> bool:
-        """Whether pages come from a disk, are the same for everybody, and cost no memory."""
-        return self.store_waits
 
     def buffer(self, offset: int, length: int, writable: bool) -> memoryview:
         """The memory itself. Whoever holds it, or a slice of it, keeps the map mapped."""
@@ -367,7 +365,7 @@ class MappedMemory:
     def write_nowait(self, offset: int, data: memoryview) -> bool:
         """Store a few bytes, if that cannot wait for a disk; else False, to be done again."""
         length = data.nbytes
-        if length > INLINE or self.store_waits:
+        if length > INLINE or self.shares_disk:
             return False
         if length == 0:
             return True

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ._errors import Range
@@ -437,19 +437,18 @@ class Mapping(MappedMemory):
 
     def start_write_back(self, offset: int, length: int) -> None:
         """Start writing the range's dirty pages."""
-        assert self.file is not None
-        address, span = self._pages(offset, length)
-        start, _ = page_span(self.offset + offset, length, self.kernel.page_size)
-        with naming(self.file.filename):
-            self.kernel.start_write_back(self.file.fd, address, start, span)
+        self._write(self.kernel.start_write_back, offset, length)
 
     def write_back(self, offset: int, length: int) -> None:
         """Write the range's dirty pages, see :meth:`Kernel.write_back`."""
+        self._write(self.kernel.write_back, offset, length)
+
+    def _write(self, call: Callable[[int, int, int, int], None], offset: int, length: int) -> None:
         assert self.file is not None
         address, span = self._pages(offset, length)
         start, _ = page_span(self.offset + offset, length, self.kernel.page_size)
         with naming(self.file.filename):
-            self.kernel.write_back(self.file.fd, address, start, span)
+            call(self.file.fd, address, start, span)
 
     def sync_range(self, offset: int, length: int) -> None:
         """Make the range durable, and the size needed to read it."""

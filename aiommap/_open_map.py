@@ -271,7 +271,7 @@ class OpenMap:
             self.still_inside(offset, length)  # raises
         if length == 0:
             return True
-        if (write and mapping.store_waits) or not mapping.is_loaded_nowait(offset, length):
+        if (write and mapping.shares_disk) or not mapping.is_loaded_nowait(offset, length):
             return False
         self.loads_inline += 1
         return True

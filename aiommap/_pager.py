@@ -162,7 +162,7 @@ class Pager:
         """The range as bytes, all of it. :raises OSError: see :meth:`Mapping.read_into`"""
         self._count(length)
         if length <= SMALL:
-            if mapping.pages_are_files:
+            if mapping.shares_disk:
                 # Loaded together with others, and copied here: fewer calls than to copy in the
                 # worker.
                 await self._crew.do(Load(mapping, offset, length))

@@ -183,7 +183,7 @@ def test_write_nowait_only_where_a_store_cannot_wait(tmp_path: Path, kernel: Ker
     """A file's pages are stored to in a worker; small stores into loaded memory on the loop."""
     path = file_of(tmp_path, inc(N))
     mapping = mapped(kernel, path)
-    if mapping.store_waits:
+    if mapping.shares_disk:
         assert not mapping.write_nowait(0, memoryview(b"abc"))
         assert mapping.read(0, 3) == inc(3)
     memory = map_memory(kernel, N, WRITE, MmapOptions())
