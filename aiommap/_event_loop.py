@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import types
+import weakref
 from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
@@ -187,6 +189,7 @@ class TrioLoop:
     """trio, also in guest mode."""
 
     __slots__ = (
+        "__weakref__",
         "_current_token",
         "_run_finished",
         "_token",
@@ -205,7 +208,8 @@ class TrioLoop:
         # Bound once: they are on the path of every access.
         self.checkpoint = _trio().lowlevel.checkpoint
         self.current_task = self.task_here = _trio().lowlevel.current_task
-        self._current_token = _trio().lowlevel.current_trio_token
+        self._current_token: Callable[[], object] = _trio().lowlevel.current_trio_token
+        _trio_loops.add(self)
 
     def is_running_here(self) -> bool:
         try:
@@ -226,12 +230,32 @@ class TrioLoop:
     def parking(self) -> Parking:
         return _TrioParking(self.current_task())
 
+    def end_in_child(self) -> None:
+        """This process was forked: trio believes to run here still, and asyncio knows better."""
+        self.current_task = self.task_here = self._current_token = _no_task
+
     def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
         try:
             self._token.run_sync_soon(callback, *args)
         except (self._run_finished, OSError):  # the latter where a guest run was abandoned
             return False
         return True
+
+
+_trio_loops: weakref.WeakSet[TrioLoop] = weakref.WeakSet()
+
+
+def _no_task() -> object:
+    raise RuntimeError("in a forked process: its parent's event loop does not run here")
+
+
+def _end_in_child() -> None:
+    for loop in _trio_loops:
+        loop.end_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_in_child)
 
 
 def _trio() -> Any:

@@ -101,7 +101,11 @@ class File:
         with naming(self.filename):
             status = os.fstat(self.fd)
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+                raise OSError(
+                    errno.ENODEV,
+                    f"{os.strerror(errno.ENODEV)}: only regular files can be mapped, and this is "
+                    f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'none')}",
+                )
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
             self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
@@ -162,6 +166,15 @@ def _close(fd: int) -> None:
     # It is closed whatever the kernel says, and what it says is no flush's answer.
     with suppress(OSError):
         os.close(fd)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Never, Self, SupportsIndex
 
 from anyio import AsyncFile, CapacityLimiter
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -55,7 +55,7 @@ class AsyncMmap(MapShape):
 
     _kernel: ClassVar[_kernel.Kernel] = _kernel.native
 
-    def __init__(self, core: OpenMap) -> None:
+    def __init__(self, core: OpenMap | None = None, *_: Never) -> None:
         """Not for users: the ``open`` methods make maps."""
         if not isinstance(core, OpenMap):
             raise TypeError(

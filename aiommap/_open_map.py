@@ -158,8 +158,9 @@ class OpenMap:
         """:raises RuntimeError: when the caller is not in the map's own event loop"""
         if not self.loop.is_running_here():
             raise RuntimeError(
-                "this map belongs to another event loop, or is used from a foreign thread: open "
-                "it again there, or call through anyio.from_thread.run"
+                "this map belongs to another event loop, or is used from a foreign thread or a "
+                "forked process: open it again there, call through anyio.from_thread.run, or hand "
+                "over memory (as_slice(), the buffer of a view, into_view_sync())"
             )
 
     def check_open(self) -> None:
@@ -187,7 +188,8 @@ class OpenMap:
         if not protection.writable:
             raise PermissionError(
                 f"the map is not writable: its protection is {protection.name}; open it with "
-                f"READ_WRITE or READ_COPY, or use set_protection()"
+                f"READ_WRITE or READ_COPY, or use set_protection() if its file was opened for "
+                f"writing"
             )
 
     def still_inside(self, offset: int, length: int) -> Mapping:

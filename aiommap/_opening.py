@@ -57,6 +57,10 @@ class Opening(Uncopyable, Generic[C]):
     def __await__(self) -> Generator[Any, Any, C]:
         return self._begin().__await__()
 
+    def __repr__(self) -> str:
+        state = "used already" if self._start is None else "await it, or enter it with async with"
+        return f"<{type(self).__name__}: {state}>"
+
     async def __aenter__(self) -> C:
         self._value = await self._begin()
         return self._value

@@ -26,6 +26,7 @@ from .content import file_descriptors, file_of, gone, inc, maps_of, only_linux, 
 from .fake_kernel import FakeKernel
 from .processes import run_python
 from .test_cancellation import cold_kernel, map_class
+from .test_conformance import in_a_forked_child
 
 pytestmark = [pytest.mark.anyio, only_linux]
 
@@ -1023,6 +1024,32 @@ class TestFork:
         path = file_of(tmp_path, inc(SIZE))
         result = run_python(code, path)
         assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+
+async def test_a_forked_child_does_not_use_the_parents_map(tmp_path: Path) -> None:
+    """The task that goes on in the child is no task of the map's: its calls are refused, also on
+    trio, which still runs there as far as it can tell."""
+    path = file_of(tmp_path, inc(SIZE))
+    async with AsyncMmap.open_path(path, "r+") as m, m.view_mut(0, 100) as v:
+
+        def all_refused() -> bool:
+            uses: tuple[Callable[[], object], ...] = (
+                lambda: m.view_nowait(200, 10),
+                lambda: v[0],
+                lambda: v.split_at(5),
+            )
+            for use in uses:
+                try:
+                    use()
+                except RuntimeError as exc:
+                    if "forked process" not in str(exc):
+                        return False
+                else:
+                    return False
+            return True
+
+        assert in_a_forked_child(all_refused) == 0
+        assert (v[0], len(v)) == (0, 100)
 
 
 @on_asyncio

@@ -300,6 +300,16 @@ def test_maps_are_not_made_by_calling_the_class() -> None:
     """The class itself is not called by users, and says what is."""
     with pytest.raises(TypeError, match=r"use open_path\(\), open\(\)"):
         AsyncMmap("data.bin")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"use open_path\(\), open\(\)"):
+        AsyncMmap()
+
+
+async def test_what_was_not_awaited_says_so(tmp_path: Path) -> None:
+    """Who forgets the await finds it out by printing."""
+    opening = AsyncMmap.open_path(file_of(tmp_path, b"x"))
+    assert "await it" in repr(opening)
+    async with opening:
+        assert "used already" in repr(opening)
 
 
 # What is refused
