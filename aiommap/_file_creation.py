@@ -39,15 +39,14 @@ def create_file(
     location = _absolute(path)
     try:
         file = _open_or_make(kernel, location, path, length, exist_ok=exist_ok, mode=mode)
-    except OSError as exc:
-        exc.filename = path  # as the caller calls it
-        raise
-    try:
-        with naming(path):
+        try:
             kernel.sync_all(file.fd)
             kernel.sync_directory(_folder(location))
-    except BaseException:
-        withdraw(file)
+        except BaseException:
+            withdraw(file)
+            raise
+    except OSError as exc:
+        exc.filename = path  # as the caller calls it
         raise
     return file
 

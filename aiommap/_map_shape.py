@@ -54,6 +54,7 @@ class MapShape(MapAccess):
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
         with core.lock.holding(claim):
             core.check_writable()
+            self._check_no_buffers()
 
             # The mapping in no variable of ours: its end is for a worker.
             def resized() -> Mapping:
@@ -90,19 +91,23 @@ class MapShape(MapAccess):
             )
         claim = await core.lock.acquire(0, LARGEST_OFFSET, True)
         with core.lock.holding(claim):
+            self._check_no_buffers()
             if protection is not core.mapping.protection:
                 await self._reshape(
                     lambda: _reshaping.protected(core.mapping, protection), resized=False
                 )
 
-    async def _reshape(self, change: Callable[[], Mapping], *, resized: bool) -> None:
-        core = self._core
-        await core.flush_before_mapping()
-        if core.mapping.exported():
+    def _check_no_buffers(self) -> None:
+        if self._core.mapping.exported():
             raise BufferError(
                 "cannot change the map while buffers of its memory are out: release or delete "
                 "slices and arrays over it first"
             )
+
+    async def _reshape(self, change: Callable[[], Mapping], *, resized: bool) -> None:
+        core = self._core
+        await core.flush_before_mapping()
+        self._check_no_buffers()
         made: list[Mapping] = []
         try:
             # A cancelled task stays until the worker has finished.

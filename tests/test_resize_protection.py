@@ -384,6 +384,17 @@ async def test_raw_buffers(tmp_path: Path, change: Change) -> None:
         await change(m)
 
 
+@pytest.mark.parametrize(
+    "same", [lambda m: m.resize(N), lambda m: m.set_protection(WRITE)], ids=["resize", "protect"]
+)
+async def test_raw_buffers_and_nothing_to_change(tmp_path: Path, same: Change) -> None:
+    """Refused too, as with a view of one's own, and as mmap.resize() does."""
+    async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+") as m:
+        with m.as_slice(), pytest.raises(BufferError, match="buffers of its memory are out"):
+            await same(m)
+        await same(m)
+
+
 @only_linux
 @changes
 async def test_the_old_memory_goes(tmp_path: Path, change: Change) -> None:
