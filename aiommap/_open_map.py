@@ -503,10 +503,7 @@ class OpenMap:
         """As :meth:`let_go`, without waiting: for the end of forgotten objects."""
         box = self._take_unused()
         if box:
-            try:
-                _workers.start(box.clear)
-            except RuntimeError:  # the interpreter is going down: its end unmaps
-                box.clear()
+            _workers.off_the_loop(box.clear)
 
     def _take_unused(self) -> list[Mapping]:
         """In a list, so that a worker can drop the last reference: that unmaps, and may wait."""

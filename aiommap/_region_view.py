@@ -181,6 +181,11 @@ class RegionView(Uncopyable):
         self._use()
         return self._memory()[:]
 
+    def __release_buffer__(self, buffer: memoryview) -> None:
+        # NumPy keeps the buffer of an object that would be told of its release, and of another one
+        # no more than the address.
+        buffer.release()
+
     def as_slice(self) -> memoryview:
         """The bytes without a copy, read-only. See :attr:`buffer`."""
         self._use()

@@ -11,4 +11,4 @@ class Uncopyable:
     __slots__ = ()
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} cannot be copied or pickled")
+        raise TypeError(f"cannot copy or pickle {type(self).__name__} objects")

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 from anyio import BusyResourceError, ClosedResourceError, WouldBlock, to_thread
 from anyio.lowlevel import checkpoint
@@ -312,6 +313,28 @@ async def test_buffer_protocol(m: AsyncMmap) -> None:
     with pytest.raises(BufferError, match="alive"):
         await v.aclose()
     assert kept[0] == 42
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="__buffer__ is new in Python 3.12")
+@pytest.mark.parametrize("made", [np.frombuffer, np.asarray], ids=["frombuffer", "asarray"])
+async def test_arrays_of_a_view(m: AsyncMmap, made: Callable[..., np.ndarray]) -> None:
+    """An array made from the view itself counts as derived from it, too: NumPy must not have the
+    mere address of memory that is unmapped then."""
+    v = await m.view_mut(0, 10)
+    array = made(v, dtype=np.uint8)
+    array[0] = 42
+    assert v[0] == 42
+    with pytest.raises(BufferError, match="cannot split"):
+        v.split_at(5)
+    with pytest.raises(BufferError, match="alive"):
+        await v.aclose()
+    with pytest.raises(BufferError, match="buffers of its memory are out"):
+        await m.resize(5)
+    assert array[0] == 42
+    del array
+    await m.resize(5)
+    async with m.view(0, 5) as other:
+        made(other, dtype=np.uint8)  # gone by the end
 
 
 # The buffer's end
