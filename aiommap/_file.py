@@ -53,6 +53,7 @@ class File:
         "made",
         "mincore_is_honest",
         "read_ahead",
+        "shared",
     )
 
     def __init__(
@@ -63,6 +64,8 @@ class File:
         self.filename: Filename = filename
         self.location: Filename = filename
         """As ``filename``; of a file that we created, absolute where that can be told."""
+        self.shared: bool = False
+        """Whether the open file is the caller's too."""
         self.made: bool = False
         """Whether it is removed if what it was made for comes to nothing."""
         self.anonymous: bool = anonymous
@@ -92,7 +95,7 @@ class File:
 
     def inspect(self, *, writable: bool) -> None:
         """
-        Find out what the file is.
+        Find out what the file is. In a worker.
 
         :param writable: the caller may write the file
         :raises OSError: ENODEV for what has no pages to map, as the kernel says it for
@@ -107,6 +110,8 @@ class File:
                     f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'none')}",
                 )
             self.in_memory = self.kernel.file_is_in_memory(self.fd)
+            if self.shared and not self.in_memory:
+                self._reopen()
             self.direct = self.kernel.reads_directly(self.fd)
             self.disk_queue = self.kernel.disk_queue(self.fd)
             self.read_ahead = self.kernel.read_ahead(self.fd)
@@ -118,6 +123,15 @@ class File:
             and os.geteuid() == status.st_uid
             and status.st_uid != _overflow_uid()
         )
+
+    def _reopen(self) -> None:
+        # The kernel reports a failed write-back to each open file once: who shares ours may get
+        # the report in our place.
+        fd = self.kernel.reopen(self.fd)
+        if fd is not None:
+            fd, self.fd = self.fd, fd
+            self.shared = False
+            _close(fd)
 
     def size(self) -> int:
         """Bytes of the file now."""
@@ -195,13 +209,14 @@ def duplicate_file(kernel: Kernel, fd: int, filename: Filename) -> File:
     """
     A descriptor of our own for a file that the caller has open. Never waits.
 
-    It shares the caller's open file: its access mode, and the kernel's one report of a failed
-    write-back.
+    It shares the caller's open file, until :meth:`File.inspect` may open it once more.
     """
     if filename is None:
         filename = kernel.path_of(fd)
     with naming(filename):
-        return File(kernel, kernel.duplicate(fd), filename)
+        file = File(kernel, kernel.duplicate(fd), filename)
+    file.shared = True
+    return file
 
 
 def open_file(kernel: Kernel, path: str | bytes, protection: Protection) -> File:

@@ -77,8 +77,10 @@ class AsyncMmap(MapShape):
         """
         Map the whole of a file that is open already.
 
-        The map has a descriptor of its own and outlives the caller's. It shares the caller's
-        open file: its access mode, and the kernel's one report of a failed write-back.
+        The map has a descriptor of its own and outlives the caller's. On Linux the file is
+        opened once more where that is allowed, with the same rights. Where it is not (rights
+        that the process has given up, other systems), the map shares the caller's open file, and
+        with it the kernel's one report of a failed write-back.
 
         :param file: a descriptor, or anything with ``fileno()``, an :class:`anyio.AsyncFile`
             too

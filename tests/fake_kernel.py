@@ -411,6 +411,9 @@ class FakeKernel:
         self._track(fd)
         return self._call(self.kernel.duplicate, "duplicate", fd)
 
+    def reopen(self, fd: int) -> int | None:
+        return self._call(self.kernel.reopen, "reopen", fd)
+
     def path_of(self, fd: int) -> str | None:
         return self._call(self.kernel.path_of, "path_of", fd)
 

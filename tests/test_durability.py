@@ -404,6 +404,29 @@ async def test_a_failed_write_back(kind: str, number: int, make_logged_disk: Mak
 @pytest.mark.fuse
 @pytest.mark.loopdev
 @every_file_system
+async def test_nobody_takes_the_report_away(kind: str, make_logged_disk: MakeDisk) -> None:
+    """The kernel reports to each open file once. Maps of one descriptor have one each: its owner's
+    own fsync() takes the report from neither, nor one map from the other."""
+    disk = make_logged_disk(kind)
+    path = disk.path / "file"
+    make_durable(path, OLD)
+    with opened_descriptor(path) as descriptor:
+        one, two = [await AsyncMmap.open(descriptor, "r+") for _ in range(2)]
+        await one.write_at(PAGE, b"poison")
+        disk.disk.fail_writes(errno.EIO, containing=b"poison")
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            os.fsync(descriptor)
+        os.fsync(descriptor)  # the control: it is told once
+        for m in (one, two):
+            with pytest.raises(FlushError):
+                await m.flush()
+            await m.aclose(flush=False)
+        disk.disk.heal()
+
+
+@pytest.mark.fuse
+@pytest.mark.loopdev
+@every_file_system
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_what_the_standard_library_says(kind: str, number: int, make_logged_disk: MakeDisk) -> None:
     """The control of the latch: mmap.flush fails once, then it succeeds, and nothing is there."""

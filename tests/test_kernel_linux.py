@@ -11,6 +11,7 @@ if sys.platform != "linux":
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
@@ -650,3 +651,47 @@ def test_linux_memory_file_leaves_no_descriptor_when_it_cannot_grow(
     with pytest.raises(OSError, match="Bad file descriptor"):
         _linux.memory_file(PAGE, huge=False)
     assert os.listdir("/proc/self/fd") == before
+
+
+# An open file of one's own
+
+
+def test_linux_reopens_what_may_be_written(file: OpenFile) -> None:
+    """Another open file of the same file, with the same rights, closed on exec."""
+    writable = os.open(file.path, os.O_RDWR | os.O_NOATIME)
+    fd = _linux.reopen(writable)
+    assert fd is not None
+    os.lseek(writable, 5, os.SEEK_SET)
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+    assert not os.get_inheritable(fd)
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    assert flags & os.O_ACCMODE == os.O_RDWR
+    assert flags & os.O_NOATIME
+    assert os.path.sameopenfile(fd, writable)
+    os.unlink(file.path)
+    again = _linux.reopen(writable)
+    assert again is not None
+    for each in (fd, again, writable):
+        os.close(each)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY])
+def test_linux_reopens_nothing_else(file: OpenFile, flags: int) -> None:
+    """Who cannot write through a map has nothing to flush."""
+    fd = os.open(file.path, flags)
+    assert _linux.reopen(fd) is None
+    os.close(fd)
+    assert _linux.reopen(closed_descriptor()) is None
+
+
+def test_linux_leaves_leases_alone(tmp_path: Path) -> None:
+    """Opening a file breaks a lease on it, and the signal that tells so may end the process."""
+    fd = os.open(tmp_path / "leased", os.O_RDWR | os.O_CREAT)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    assert _linux.reopen(fd) is None
+    assert fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    again = _linux.reopen(fd)
+    assert again is not None
+    os.close(again)
+    os.close(fd)

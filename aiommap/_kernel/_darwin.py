@@ -51,6 +51,7 @@ from ._portable import populate_write as populate_write
 from ._portable import read as read
 from ._portable import read_ahead as read_ahead
 from ._portable import read_nowait as read_nowait
+from ._portable import reopen as reopen
 from ._portable import start_write_back as start_write_back
 from ._portable import will_need_many as will_need_many
 from ._portable import write_back as write_back

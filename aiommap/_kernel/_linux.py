@@ -186,6 +186,17 @@ class _Statx(ctypes.Structure):
 # Files
 
 
+def reopen(fd: int) -> int | None:
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_ACCMODE != os.O_RDWR or fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_UNLCK:
+            return None
+        flags &= os.O_ACCMODE | os.O_DIRECT | os.O_NOATIME
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:  # no /proc, rights that we have no more, a lease of somebody else's
+        return None
+
+
 def path_of(fd: int) -> str | None:
     try:
         path = os.readlink(f"/proc/self/fd/{fd}")

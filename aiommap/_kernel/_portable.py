@@ -112,6 +112,10 @@ maps = MapRegistry()
 # Files
 
 
+def reopen(fd: int) -> int | None:
+    return None  # where /dev/fd opens anything it mostly duplicates
+
+
 def path_of(fd: int) -> str | None:
     return None  # POSIX does not tell
 

@@ -77,6 +77,12 @@ class Kernel(Protocol):
     def duplicate(self, fd: int) -> int:
         """A second descriptor of the same open file, closed on exec."""
 
+    def reopen(self, fd: int) -> int | None:
+        """
+        The same file opened once more, closed on exec, if ``fd`` may read and write it; None where
+        that is refused, not known, or would tell somebody who has a lease on it.
+        """
+
     def path_of(self, fd: int) -> str | None:
         """What the open file is called, where the platform tells; never waits."""
 

@@ -213,6 +213,10 @@ def duplicate(fd: int) -> int:
     return os.dup(fd)
 
 
+def reopen(fd: int) -> int | None:
+    return None
+
+
 def path_of(fd: int) -> str | None:
     return None  # GetFinalPathNameByHandle may ask a server
 
