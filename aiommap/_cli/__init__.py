@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         "Tell what a file is, and what can be done with it here.",
         "Size, space taken, holes, file system and page size; and what this kernel and this file\n"
-        "system can do, found out by trying; of a directory only the latter. Without FILE: of that\n"
-        "for temporary files.",
+        "system can do, found out by trying; of a directory only the latter.\n"
+        "Without FILE: of the directory of temporary files.",
     )
     info.add_argument("file", nargs="?", metavar="FILE")
 
