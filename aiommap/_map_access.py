@@ -208,10 +208,11 @@ class MapAccess(Uncopyable):
                 checksum = zlib.crc32(window, checksum)
 
         Each window's region is held shared, and its pages are in memory, when it is handed
-        out; it is released at the next step. Up to 32 MiB are read ahead, or one window if
-        that is larger. Each step is a checkpoint, and raises what ``view()`` does. Leaving the
-        loop early frees the region with the iterator; enter one that has a name with
-        ``async with``, or its last window stays held as long as the name does.
+        out; it is released at the next step. Up to 32 MiB behind it are being loaded meanwhile,
+        whatever the size of the windows; where the disk reads little ahead by itself, the reads
+        of up to 48 MiB more are started. Each step is a checkpoint, and raises what ``view()``
+        does. Leaving the loop early frees the region with the iterator; enter one that has a name
+        with ``async with``, or its last window stays held as long as the name does.
 
         :param size: bytes of a window, at least 1; the last one may be shorter
         :raises ValueError: the range is not inside the map

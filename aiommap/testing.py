@@ -105,7 +105,10 @@ class FaultyDisk:
         While reads fail or are slowed down, nothing counts as being in memory.
 
         :param error: ``EIO`` for a bad sector, ``ENOSPC`` or ``EDQUOT`` for a full disk
+        :raises ValueError: that is no errno
         """
+        if not isinstance(error, int) or isinstance(error, bool) or error < 1:
+            raise ValueError(f"errno must be a positive integer such as errno.EIO, not {error!r}")
         self._errors[_checked(operation)] = error
 
     def delay(self, operation: Operation, seconds: float) -> None:

@@ -121,13 +121,22 @@ def large_file_of_python() -> Path:
     return library if library.is_file() else Path(sys.executable).resolve()
 
 
+def positive(text: str) -> int:
+    """A type of argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=large_file_of_python())
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=positive, default=2)
     parser.add_argument("--scheduler", help="address of a running cluster")
     options = parser.parse_args()
     path = options.file.resolve()
+    if not path.is_file() or path.stat().st_size == 0:
+        parser.error(f"{path} is not a file with content")
 
     started = time.perf_counter()
     keywords: dict[str, Any] = {"n_workers": options.workers, "threads_per_worker": 1}
@@ -136,7 +145,7 @@ def main() -> None:
             values, words, gap = scan_file(client, path)
     else:
         with (
-            LocalCluster(processes=True, dashboard_address=None, **keywords) as cluster,
+            LocalCluster(processes=True, dashboard_address=":0", **keywords) as cluster,
             Client(cluster) as client,
         ):
             values, words, gap = scan_file(client, path)

@@ -231,7 +231,10 @@ class Store:
         """The store in a folder, which is made if it is not there."""
         await anyio.Path(folder).mkdir(exist_ok=True)
         async with await _open_or_create(folder / "log", FIRST_LOG) as log_map:
-            index_map = await _open_or_create(folder / "index", Index.START + 8 * FIRST_SLOTS)
+            path, smallest = anyio.Path(folder, "index"), Index.START + 8 * FIRST_SLOTS
+            if await path.exists() and (await path.stat()).st_size < smallest:
+                await path.unlink()  # no index at all
+            index_map = await _open_or_create(folder / "index", smallest)
             head = await index_map.read_at(0, Index.HEAD.size)
             magic, end, crc, used = Index.HEAD.unpack(head)
             if magic == Index.MAGIC:
@@ -380,12 +383,12 @@ def kill_and_check(folder: Path, rounds: int, clients: int, backend: str) -> Non
 
 async def put(folder: Path, key: str, value: str) -> None:
     async with Store.open(folder) as store:
-        await store.put(key.encode(), value.encode())
+        await store.put(os.fsencode(key), os.fsencode(value))
 
 
 async def get(folder: Path, key: str) -> bytes | None:
     async with Store.open(folder) as store:
-        return await store.get(key.encode())
+        return await store.get(os.fsencode(key))
 
 
 async def show(folder: Path) -> None:
@@ -394,15 +397,25 @@ async def show(folder: Path) -> None:
             print(key.decode(errors="replace"), value.decode(errors="replace"), sep="\t")
 
 
+def positive(text: str) -> int:
+    """A type of argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    title, usage, _ = __doc__.split("\n\n", 2)
+    parser = argparse.ArgumentParser(description=title, usage=usage.strip())
     parser.add_argument("--backend", choices=("asyncio", "trio"), default="asyncio")
-    parser.add_argument("--clients", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=positive, default=300)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("command", nargs="?", default="demo", help="demo, put, get or list")
     parser.add_argument("words", nargs="*", metavar="FOLDER KEY VALUE")
     options = parser.parse_intermixed_args()
     words = options.words
+    if options.command in ("get", "list") and words and not Path(words[0], "log").is_file():
+        parser.error(f"{words[0]} is not the folder of a store")
     match options.command, len(words):
         case "demo", 0:
             with tempfile.TemporaryDirectory() as folder:
@@ -420,7 +433,7 @@ def main() -> None:
         case "list", 1:
             anyio.run(show, Path(words[0]), backend=options.backend)
         case _:
-            parser.error("see the first lines of this file")
+            parser.error(f"not understood: {' '.join([options.command, *words])}")
 
 
 if __name__ == "__main__":

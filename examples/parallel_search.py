@@ -11,6 +11,7 @@ the output can be piped. Exit code 1 if nothing was found, as grep has it.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import sysconfig
@@ -84,7 +85,13 @@ async def expression(
     return [span for span in spans if span[0] < stop]
 
 
-async def search(path: Path, options: argparse.Namespace, console: Console) -> int:
+async def search(
+    path: Path,
+    pattern: bytes,
+    compiled: re.Pattern[bytes] | None,
+    options: argparse.Namespace,
+    console: Console,
+) -> int:
     """Print all matches; how many there are."""
     count = 0
 
@@ -94,8 +101,6 @@ async def search(path: Path, options: argparse.Namespace, console: Console) -> i
         print(match.start, match.around.translate(PRINTABLE).decode(), sep="\t")
 
     async with AsyncMmap.open_path(path) as m:
-        pattern = options.pattern.encode()
-        compiled = re.compile(pattern) if options.regex else None
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
         results = InOrder(show)
         pieces: Iterator[int] = iter(range(0, len(m), PIECE))
@@ -131,21 +136,35 @@ def large_file_of_python() -> Path:
     return library if library.is_file() else Path(sys.executable).resolve()
 
 
+def positive(text: str) -> int:
+    """A type of argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pattern", help="what to search for")
     parser.add_argument("file", nargs="?", type=Path, help="where")
     parser.add_argument("--regex", action="store_true", help="PATTERN is a regular expression")
-    parser.add_argument("--longest", type=int, default=4096, help="bytes a match may have")
-    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--longest", type=positive, default=4096, help="bytes a match may have")
+    parser.add_argument("--tasks", type=positive, default=8)
     parser.add_argument("--backend", choices=("asyncio", "trio"), default="asyncio")
     options = parser.parse_args()
     if not options.pattern:
         parser.error("the pattern is empty")
+    pattern = os.fsencode(options.pattern)  # the bytes that were typed, whatever they are
+    try:
+        compiled = re.compile(pattern) if options.regex else None
+    except re.error as error:
+        parser.error(f"not a regular expression for bytes: {error}")
     path = options.file or large_file_of_python()
+    if not path.is_file() or path.stat().st_size == 0:
+        parser.error(f"{path} is not a file with content")
     console = Console(stderr=True)
-    count = anyio.run(search, path, options, console, backend=options.backend)
-    console.print(f"{count} matches in {path}")
+    count = anyio.run(search, path, pattern, compiled, options, console, backend=options.backend)
+    console.print(f"{count} matches in {path}", markup=False, soft_wrap=True)
     sys.exit(0 if count else 1)
 
 

@@ -271,14 +271,19 @@ def largest_file_of_python() -> Path:
     return max((path for path in found if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def positive(text: str) -> int:
+    """A type of argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", nargs="?", type=Path, help="what to edit a copy of")
     parser.add_argument("--backend", choices=("asyncio", "trio"), default="asyncio")
-    parser.add_argument("--tasks", type=int, default=32, help="writers at the same time")
+    parser.add_argument("--tasks", type=positive, default=32, help="writers at the same time")
     options = parser.parse_args()
-    if options.tasks < 1:
-        parser.error("--tasks must be at least 1")
     source = options.file or largest_file_of_python()
     if not source.is_file() or source.stat().st_size == 0:
         parser.error(f"{source} is not a file with content")
@@ -300,12 +305,14 @@ def main() -> None:
         f"[bold]{options.tasks} tasks on {options.backend}[/] rewrote {mib:.0f} MiB of a copy of "
         f"{source.name} ({work.size >> 20} MiB), in {sum(map(len, work.tasks))} exclusive views;\n"
         f"{READERS} readers checked and searched {result.reads} blocks meanwhile; another process "
-        f"has checked every byte."
+        f"has checked every byte.",
+        soft_wrap=True,
     )
     for name, each in (("aiommap", result), ("plain mmap in threads", beside)):
         console.print(
             f"{name:>22}: {mib / each.seconds:6.0f} MiB/s, the event loop stood still for at most "
-            f"[bold]{each.gap * 1000:.1f} ms[/]"
+            f"[bold]{each.gap * 1000:.1f} ms[/]",
+            soft_wrap=True,
         )
 
 

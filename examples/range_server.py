@@ -316,6 +316,13 @@ async def generate(url: str, clients: int, requests: int, size: int, seed: int) 
     return Load(len(took), seconds, took[len(took) // 2], took[len(took) * 99 // 100], took[-1])
 
 
+def positive(text: str) -> int:
+    """A type of argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -325,9 +332,9 @@ def main() -> None:
     serve.add_argument("--how", choices=("aiommap", "file", "plain"), default="aiommap")
     load = commands.add_parser("load", help="ask a server for random ranges")
     load.add_argument("url")
-    load.add_argument("--clients", type=int, default=64)
-    load.add_argument("--requests", type=int, default=2000)
-    load.add_argument("--size", type=int, default=4096, help="bytes of a range")
+    load.add_argument("--clients", type=positive, default=64)
+    load.add_argument("--requests", type=positive, default=2000)
+    load.add_argument("--size", type=positive, default=4096, help="bytes of a range")
     load.add_argument("--seed", type=int, default=0)
     load.add_argument("--json", action="store_true")
     options = parser.parse_args()

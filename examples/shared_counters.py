@@ -72,7 +72,17 @@ async def serve(path: str, worker: int, port: int) -> None:
         listener = await anyio.create_tcp_listener(
             local_host="127.0.0.1", local_port=port, reuse_port=True
         )
-        await listener.serve(handle)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(end_with_parent, tasks.cancel_scope)
+            await listener.serve(handle)
+
+
+async def end_with_parent(scope: anyio.CancelScope) -> None:
+    """Cancel when the process that started this one is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    await anyio.wait_readable(parent.sentinel)  # a pipe: its other end closes with the parent
+    scope.cancel()
 
 
 def run_worker(path: str, worker: int, port: int, backend: str) -> None:
@@ -161,11 +171,18 @@ async def make(path: Path, workers: int) -> None:
         pass
 
 
+def positive(text: str) -> int:
+    """A type of argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=200, help="of each client")
+    parser.add_argument("--workers", type=positive, default=3)
+    parser.add_argument("--clients", type=positive, default=32)
+    parser.add_argument("--requests", type=positive, default=200, help="of each client")
     parser.add_argument("--backend", choices=("asyncio", "trio"), default="asyncio")
     options = parser.parse_args()
 

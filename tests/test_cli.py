@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import aiommap
 import aiommap._cli
-from aiommap._cli import _pages, _screen, main
+from aiommap._cli import _pages, _screen, _stall, main
 
 from .content import file_of, inc, only_linux
 
@@ -143,7 +145,18 @@ def test_info_knows_holes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_info_needs_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a file it tells about the place for temporary ones; an empty file is fine too."""
     assert "size" not in found(capsys, "info")
+    assert main(["info"]) == 0
+    capsys.readouterr()
     assert found(capsys, "info", file_of(tmp_path, b""))["size"] == 0
+
+
+def test_info_of_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a directory it tells what can be done with files there, for people and for scripts."""
+    about = found(capsys, "info", tmp_path)
+    assert about.keys() == {"path", "file_system", "capabilities"}
+    assert about["path"] == str(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "page size" in capsys.readouterr().out
 
 
 @only_linux
@@ -169,6 +182,87 @@ def test_stall_draws(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["stall", str(file), "--reads", "3", "--svg", str(picture)]) == 0
     assert "plain map in threads" in capsys.readouterr().out
     assert picture.read_text(encoding="utf-8").startswith("<svg")
+
+
+@only_linux
+def test_stall_measures_only_what_it_can_save(
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A picture that cannot be saved is an error before anything is measured, or of usage."""
+
+    async def never(*arguments: object) -> None:
+        raise OSError("it measures")
+
+    monkeypatch.setattr(_stall, "measure", never)
+    assert main(["stall", str(file), "--svg", str(tmp_path / "missing" / "picture.svg")]) == 1
+    assert "picture.svg" in capsys.readouterr().err  # and no word of measuring
+    picture = tmp_path / "picture.svg"
+    with pytest.raises(SystemExit, match="2"):
+        main(["stall", str(file), "--json", "--svg", str(picture)])
+    assert "argument --svg: not allowed with argument --json" in capsys.readouterr().err
+    assert main(["stall", str(file), "--svg", str(picture)]) == 1
+    assert capsys.readouterr().err == "aiommap: it measures\n"
+    assert not picture.exists()
+
+
+@only_linux
+def test_one_is_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One byte, one read and one task are that."""
+    path = str(file_of(tmp_path, b"x"))
+    assert main(["stall", path, "--reads", "1", "--tasks", "1"]) == 0
+    assert "1 read of 1 byte, 1 task, cold cache" in capsys.readouterr().out
+    assert main(["info", path]) == 0
+    shown = capsys.readouterr().out
+    assert "1 byte " in shown
+    assert "1 bytes" not in shown
+
+
+def test_names_do_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a name has that is no text is shown as escapes, in results and in complaints."""
+    path = tmp_path / "red\x1b[31m\n\udcff"
+    path.write_bytes(b"x")
+    for command in ("residency", "load", "evict", "info"):
+        if command != "evict" or sys.platform == "linux":
+            assert main([command, str(path)]) == 0
+            assert "\x1b" not in capsys.readouterr().out
+    assert main(["residency", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(r"red\x1b[31m\n\udcff" + "\n")
+    path.write_bytes(b"")
+    assert main(["residency", str(path), f"{path}?"]) == 1
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert said.count("\n") == 2
+
+
+@pytest.mark.parametrize("command", ["residency", "load", "evict", "stall"])
+@only_linux
+def test_empty_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without content is said to be that, and nothing about maps."""
+    path = str(file_of(tmp_path, b""))
+    assert main([command, path]) == 1
+    what = "measure" if command == "stall" else "show"
+    assert capsys.readouterr().err == f"aiommap: {path!r} is empty: nothing to {what}\n"
+
+
+def test_plain_characters(file: Path) -> None:
+    """A terminal that has no blocks gets a picture of characters that it has, and no error."""
+    named = file.with_name("größe")
+    file.rename(named)
+    for command in ("residency", "info"):
+        done = subprocess.run(
+            [sys.executable, "-m", "aiommap", command, str(named)],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert done.stdout.isascii()
+    warm = _screen.drawn(" ░▒▓█", Console(file=TextIOWrapper(BytesIO(), encoding="ascii")))
+    assert warm == " .:+#"
 
 
 # How it ends
@@ -205,6 +299,15 @@ def test_what_is_not_understood(arguments: list[str], capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: aiommap" in capsys.readouterr().err
+
+
+def test_numbers_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    """A number that is none is quoted, and said what it should be."""
+    for number in ("abc", "0", "-1"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["residency", "x", "--parts", number])
+        message = f"argument --parts: {number!r} is not a positive whole number\n"
+        assert capsys.readouterr().err.endswith(message)
 
 
 @BACKENDS
@@ -264,6 +367,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             main([*arguments, "--help"])
         text = capsys.readouterr().out
         assert "--json" in text
+        assert arguments or "rich is missing" in text
         assert "{" not in text or arguments
         assert len(text.splitlines()) > 8
 
@@ -282,7 +386,22 @@ def test_json_needs_no_rich(file: Path) -> None:
     assert json.loads(plain.stdout)[0]["size"] == SIZE
     pictures = run(code, "residency", str(file))
     assert (pictures.returncode, pictures.stdout) == (2, "")
-    assert "aiommap[cli]" in pictures.stderr
+    assert pictures.stderr == (
+        "aiommap: pictures need rich (pip install rich); --json does without\n"
+    )
+
+
+def test_ctrl_c_while_rich_comes_in(file: Path) -> None:
+    """Ctrl-C before the command has begun is one line too."""
+    code = (
+        "import sys; from aiommap._cli import main\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name.startswith('rich'): raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted()); sys.exit(main())"
+    )
+    done = run(code, "residency", str(file))
+    assert (done.returncode, done.stderr) == (130, "aiommap: interrupted\n")
 
 
 def test_module_is_the_command(file: Path) -> None:

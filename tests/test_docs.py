@@ -21,7 +21,9 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Awaitable, Iterator
@@ -164,6 +166,52 @@ def test_programs_of_page_run(
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 exec(compiled(fence), {"__name__": "__main__"})
             check_output(fence, output.getvalue())
+
+
+# From 3.13 on the prompt without a terminal takes no block (python/cpython#140013), so it is given
+# whole statements, as the one in a terminal does.
+_PROMPT_OF_STATEMENTS = """
+import ast, builtins, runpy, sys
+
+def ask(prompt):
+    print(prompt, end="")
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return ast.literal_eval(line)
+
+builtins.input = ask
+runpy.run_module("asyncio", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the prompt goes to the console there")
+def test_tutorial_can_be_typed(tmp_path: Path) -> None:
+    """The tutorial's blocks, typed into ``python -m asyncio``, print what their comments say."""
+    typed = python_fences(ROOT / "docs" / "tutorial.md")
+    assert not [fence.line for fence in typed if len(fence.words) > 1]
+    command = [sys.executable, "-m", "asyncio"]
+    given = "\n".join(fence.code for fence in typed)  # an empty line ends what is indented
+    if sys.version_info >= (3, 13):
+        command[1:] = ["-c", _PROMPT_OF_STATEMENTS]
+        statements = [ast.get_source_segment(given, each) for each in ast.parse(given).body]
+        given = "\n".join(repr(f"{each}\n") for each in statements)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        command,
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+        env={**environment, "PYTHON_BASIC_REPL": "1", "PYTHON_COLORS": "0"},
+    )
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
+    output = re.sub(r"^(>>> |\.\.\. )*", "", done.stdout, flags=re.MULTILINE)
+    for fence in typed:
+        check_output(fence, output)
+    assert "True" in output.splitlines()[-3:]  # m.statistics(), at the page's end
 
 
 def test_readme_shows_first_program(

@@ -6,10 +6,13 @@ import importlib.util
 import os
 import random
 import re
+import select
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -34,19 +37,32 @@ def load(name: str) -> Any:
     return module
 
 
-def run(name: str, *arguments: object, code: int = 0) -> str:
+def run(name: str, *arguments: object, code: int = 0, columns: int = 200) -> str:
     """Run an example as a user does; what it printed."""
+    done = ended(name, *arguments, columns=columns)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def ended(name: str, *arguments: object, columns: int = 200) -> subprocess.CompletedProcess[str]:
+    """An example that was run as a user does."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(
+    return subprocess.run(
         command,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": str(columns)},
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+
+
+def refused(name: str, *arguments: object) -> str:
+    """Run an example that does not take its arguments; the last line of what it says to that."""
+    done = ended(name, *arguments)
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
+    assert done.stderr.startswith("usage: ")
+    return done.stderr.splitlines()[-1]
 
 
 def need(*modules: str) -> None:
@@ -66,6 +82,44 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("quickstart", ["--tasks"]),
+        ("kv_store", ["--clients"]),
+        ("kv_store", ["demo", "--rounds"]),
+        ("parallel_search", ["pattern", "--tasks"]),
+        ("parallel_search", ["pattern", "--longest"]),
+        ("shared_counters", ["--workers"]),
+        ("shared_counters", ["--clients"]),
+        ("shared_counters", ["--requests"]),
+        ("dask_scan", ["--workers"]),
+        ("range_server", ["load", "http://127.0.0.1:1/", "--clients"]),
+        ("range_server", ["load", "http://127.0.0.1:1/", "--requests"]),
+        ("range_server", ["load", "http://127.0.0.1:1/", "--size"]),
+    ],
+)
+def test_counts_are_positive(name: str, arguments: list[str]) -> None:
+    """A number of tasks, workers, requests or bytes that is none is an error of usage."""
+    need(*{"dask_scan": ["distributed"], "range_server": ["starlette", "uvicorn"]}.get(name, []))
+    message = f"argument {arguments[-1]}: '0' is not a positive whole number"
+    assert refused(name, *arguments, 0).endswith(message)
+
+
+@pytest.mark.parametrize("what", ["nothing", "folder", "empty"])
+@pytest.mark.parametrize("name", ["quickstart", "parallel_search", "dask_scan"])
+def test_file_has_content(name: str, what: str, tmp_path: Path) -> None:
+    """What cannot be mapped is an error of usage: no file, a directory, an empty file."""
+    need(*{"dask_scan": ["distributed"]}.get(name, []))
+    path = tmp_path / what
+    if what == "folder":
+        path.mkdir()
+    elif what == "empty":
+        path.touch()
+    arguments = ["pattern", path] if name == "parallel_search" else [path]
+    assert refused(name, *arguments).endswith(f"{path} is not a file with content")
+
+
 # quickstart.py
 
 
@@ -73,10 +127,11 @@ def text(tmp_path: Path) -> Path:
 def test_quickstart(backend: str, text: Path) -> None:
     """The quickstart edits a copy with many tasks, leaves the file alone and checks every byte."""
     before = text.read_bytes()
-    output = run("quickstart", text, "--tasks", 4, "--backend", backend)
+    output = run("quickstart", text, "--tasks", 4, "--backend", backend, columns=40)
     assert f"4 tasks on {backend} rewrote" in output
     assert "another process has checked every byte" in output
-    assert len(re.findall(r"stood still for at most [\d.]+ ms", output)) == 2
+    # Lines are whole, however narrow the terminal is.
+    assert len(re.findall(r"stood still for at most [\d.]+ ms$", output, re.MULTILINE)) == 2
     assert text.read_bytes() == before
 
 
@@ -107,6 +162,24 @@ def test_store_from_command_line(tmp_path: Path) -> None:
     assert run("kv_store", "get", store, "colour") == "green\n"
     assert run("kv_store", "list", store) == "colour\tgreen\nshape\tround\n"
     run("kv_store", "get", store, "size", code=1)
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["get", "key"]])
+def test_store_is_made_by_putting_only(arguments: list[str], tmp_path: Path) -> None:
+    """To look into a store that is not there is an error, and makes none."""
+    command, *rest = arguments
+    store = tmp_path / "store"
+    assert refused("kv_store", command, store, *rest).endswith("is not the folder of a store")
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("arguments", [["dance"], ["put", "folder", "key"], ["list"]])
+def test_store_shows_its_usage(arguments: list[str]) -> None:
+    """A command that does not exist, or lacks words, is answered with what there is."""
+    done = ended("kv_store", *arguments)
+    assert done.returncode == 2
+    assert "kv_store.py put FOLDER KEY VALUE" in done.stderr
+    assert done.stderr.endswith(f"not understood: {' '.join(arguments)}\n")
 
 
 async def contents(kv: Any, folder: Path) -> dict[bytes, bytes]:
@@ -152,6 +225,9 @@ async def test_store_uses_index_only_after_clean_close(anyio_backend: Any, tmp_p
     assert await contents(kv, folder) == {b"a": b"1"}
     index.unlink()
     assert await contents(kv, folder) == {b"a": b"1"}
+    for rest in (b"", b"ten bytes.", clean[:4096]):  # too short to be one
+        index.write_bytes(rest)
+        assert await contents(kv, folder) == {b"a": b"1"}
 
 
 @pytest.mark.anyio
@@ -258,6 +334,20 @@ def test_search_says_that_nothing_was_found(text: Path) -> None:
     assert run("parallel_search", "this is not in the file", text, code=1) == ""
 
 
+def test_search_refuses_a_wrong_expression(text: Path) -> None:
+    """A regular expression that is none is an error of usage."""
+    assert "not a regular expression" in refused("parallel_search", "--regex", "(", text)
+
+
+@pytest.mark.parametrize("regex", [False, True])
+def test_search_takes_any_bytes(regex: bool, text: Path) -> None:
+    """A pattern need not be text: what was typed is searched for, byte for byte."""
+    text.write_bytes(text.read_bytes() + b"\xff\xfe\xff\xfd")
+    pattern = os.fsdecode(b"\xff\xfe\xff\xfd")
+    output = run("parallel_search", pattern, text, *(["--regex"] if regex else []))
+    assert output.split()[0] == "500001"
+
+
 @pytest.mark.parametrize("regex", [False, True])
 @BACKENDS
 def test_search_sees_matches_across_pieces(
@@ -296,13 +386,41 @@ def test_counters_survive_a_worker(backend: str) -> None:
     assert "8 clients got 800 answers from 3 workers" in output
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SO_REUSEPORT")
+@BACKENDS
+def test_counters_end_with_their_parent(backend: str) -> None:
+    """Whoever ends the first process in the middle, by SIGKILL even, leaves no worker behind."""
+    command = [sys.executable, "-u", str(EXAMPLES / "shared_counters.py"), "--backend", backend]
+    with subprocess.Popen(
+        [*command, "--clients", "8", "--requests", "2000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    ) as process:
+        try:
+            output = process.stdout
+            assert output is not None
+            assert output.readline() == b"worker 0 was killed half-way\n"
+            process.kill()
+            # All processes have this pipe: it ends with the last of them.
+            assert select.select([output], [], [], PATIENCE / 4) == ([output], [], [])
+            assert output.read() == b""
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 # dask_scan.py
 
 
 def test_dask_scan_counts_right(text: Path) -> None:
-    """A cluster counts what a plain loop counts."""
+    """A cluster counts what a plain loop counts, whoever has the port of Dask's dashboard."""
     need("distributed")
-    assert "500001 bytes, counted right" in run("dask_scan", text)
+    with socket.socket() as dashboard:
+        with suppress(OSError):  # somebody else has it: as good
+            dashboard.bind(("127.0.0.1", 8787))
+            dashboard.listen()
+        assert "500001 bytes, counted right" in run("dask_scan", text)
 
 
 def test_dask_scan_finds_each_word_once(monkeypatch: pytest.MonkeyPatch) -> None:

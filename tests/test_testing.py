@@ -165,3 +165,12 @@ async def test_unknown_operation(anyio_backend: Any, disk: FaultyDisk) -> None:
     """An operation that does not exist is refused at once."""
     with pytest.raises(ValueError, match="not 'write'"):
         disk.fail("write")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", ["EIO", 0, -5, True, None, 5.0])
+async def test_unknown_errno(error: Any, anyio_backend: Any, disk: FaultyDisk, file: Path) -> None:
+    """What is no errno is refused at once, and changes nothing."""
+    with pytest.raises(ValueError, match=f"such as errno.EIO, not {error!r}"):
+        disk.fail("read", error)
+    async with AsyncMmap.open_path(file) as m:
+        assert await m.read_at(0, 1) == b"\0"

@@ -7,6 +7,7 @@ is imported only then.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import signal
 import sys
@@ -18,6 +19,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from . import _info, _pages, _stall
+from ._wording import printable
 
 DESCRIPTION = """\
 Look at files in the page cache, bring them in and send them out, and see what a memory map does
@@ -32,7 +34,8 @@ Start with:
   aiommap stall FILE         how long does an event loop stand still for it?
 
 Every command takes --json, for scripts. Exit codes: 0 all went well, 1 something could not be
-done (and stderr says what), 2 the command was not understood, 130 interrupted.
+done (and stderr says what), 2 the command was not understood, or rich is missing and --json was
+not given, 130 interrupted.
 """
 
 
@@ -93,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         "Tell what a file is, and what can be done with it here.",
         "Size, space taken, holes, file system and page size; and what this kernel and this file\n"
-        "system can do, found out by trying. Without FILE: for the directory of temporary files.",
+        "system can do, found out by trying; of a directory only the latter.\n"
+        "Without FILE: of the directory of temporary files.",
     )
     info.add_argument("file", nargs="?", metavar="FILE")
 
@@ -110,15 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     stall.add_argument("--tasks", type=_positive, default=16, help="default: 16")
     stall.add_argument("--reads", type=_positive, default=400, help="in all; default: 400")
     stall.add_argument("--size", type=_positive, default=65536, help="bytes; default: 65536")
-    stall.add_argument("--svg", metavar="FILE", help="save the picture as well")
+    stall.add_argument("--svg", metavar="FILE", help="save the picture as well; not with --json")
     return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +131,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: without the program's name; None for those of the process
     :return: the exit code
     """
-    options = _parser().parse_args(arguments)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("aiommap: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.json and getattr(options, "svg", None) is not None:
+        parser.error("argument --svg: not allowed with argument --json")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has all characters
     screen: Any = None
     if not options.json:
         try:
@@ -137,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if error.name is None or not error.name.startswith("rich"):
                 raise
             print(
-                "aiommap: pictures need rich: pip install 'aiommap[cli]', or use --json",
+                "aiommap: pictures need rich (pip install rich); --json does without",
                 file=sys.stderr,
             )
             return 2
@@ -157,13 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, OSError, ValueError, BaseExceptionGroup) as error:
         for each in _leaves(error):
             if isinstance(each, KeyboardInterrupt):
-                print("aiommap: interrupted", file=sys.stderr)
-                return 130
+                raise each from None
             if not isinstance(each, OSError | ValueError):
                 raise
             problems.append(str(each))
     for problem in dict.fromkeys(problems):
-        print(f"aiommap: {problem}", file=sys.stderr)
+        print(f"aiommap: {printable(problem)}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 import tempfile
 from contextlib import suppress
@@ -25,7 +26,7 @@ async def info(
     found: dict[str, Any] = {"path": path or tempfile.gettempdir()}
     if path is not None:
         found |= await anyio.to_thread.run_sync(facts, path)
-        if found["size"]:
+        if found.get("size"):
             async with AsyncMmap.open_path(path) as m:
                 found["resident"] = await m.resident()
     found["file_system"] = await anyio.to_thread.run_sync(file_system, found["path"])
@@ -34,10 +35,12 @@ async def info(
 
 
 def facts(path: str) -> dict[str, Any]:
-    """Size, space taken and holes."""
+    """Size, space taken and holes; nothing of a directory."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            return {}
         taken = getattr(status, "st_blocks", None)
         return {
             "size": status.st_size,

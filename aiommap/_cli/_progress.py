@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
+
+import anyio
 
 Complain = Callable[[str], object]
 """Called with what could not be done."""
@@ -29,7 +33,18 @@ async def for_each_file(
     found = []
     for path in options.files:
         try:
-            found.append(await find(path))
-        except (OSError, ValueError) as error:
-            complain(str(error) if path in str(error) else f"{path}: {error}")
+            if await anyio.to_thread.run_sync(is_empty, path):
+                complain(f"{path!r} is empty: nothing to show")
+            else:
+                found.append(await find(path))
+        except OSError as error:
+            complain(str(error) if error.filename is not None else f"{path}: {error}")
+        except ValueError as error:
+            complain(f"{path}: {error}")
     return found
+
+
+def is_empty(path: str) -> bool:
+    """Whether it is a file without content. :raises OSError: there is none"""
+    status = os.stat(path)
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0

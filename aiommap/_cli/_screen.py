@@ -14,8 +14,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
+from ._wording import counted, printable
+
 SHADES = " ░▒▓█"
 STEPS = "▁▂▃▄▅▆▇█"
+PLAIN = str.maketrans(SHADES + STEPS, " .:+#" + "_.-~:+*#")  # where these cannot be shown
 
 
 class Watch:
@@ -42,7 +45,7 @@ class Watch:
             self._bars.stop()
 
     def begin(self, name: str, total: int) -> None:
-        self._bar = self._bars.add_task(name, total=total)
+        self._bar = self._bars.add_task(printable(name), total=total)
 
     def advance(self, amount: int) -> None:
         assert self._bar is not None
@@ -61,9 +64,21 @@ def show_residency(found: list[dict[str, Any]], options: argparse.Namespace) -> 
             for count, (start, stop) in zip(each["parts"], pairwise(borders), strict=True)
         )
         console.print(
-            Text.assemble("[", (picture, "green"), "] ", (share(each), "bold"), " ", each["path"]),
+            Text.assemble(
+                *("[", (drawn(picture, console), "green"), "] "),
+                *((share(each), "bold"), " ", printable(each["path"])),
+            ),
             soft_wrap=True,
         )
+
+
+def drawn(picture: str, console: Console) -> str:
+    """A picture in characters that the terminal has."""
+    try:
+        picture.encode(console.encoding)
+    except UnicodeEncodeError:
+        return picture.translate(PLAIN)
+    return picture
 
 
 def shade(count: int, size: int) -> str:
@@ -87,7 +102,10 @@ def show_load(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for each in found:
         rate = decimal(int(each["size"] / max(each["seconds"], 1e-9)))
         console.print(
-            Text(f"{each['path']}: {share(each)} in memory, {each['seconds']:.2f} s, {rate}/s"),
+            Text(
+                f"{printable(each['path'])}: {share(each)} in memory, "
+                f"{each['seconds']:.2f} s, {rate}/s"
+            ),
             soft_wrap=True,
         )
 
@@ -96,7 +114,9 @@ def show_evict(found: list[dict[str, Any]], options: argparse.Namespace) -> None
     """A line for each file."""
     console = Console()
     for each in found:
-        console.print(Text(f"{each['path']}: {share(each)} in memory still"), soft_wrap=True)
+        console.print(
+            Text(f"{printable(each['path'])}: {share(each)} in memory still"), soft_wrap=True
+        )
 
 
 MEANINGS = {
@@ -115,9 +135,10 @@ MEANINGS = {
 def show_info(found: dict[str, Any], options: argparse.Namespace) -> None:
     """Facts and abilities, a line each."""
     console = Console()
-    table = Table(title=Text(found["path"]), show_header=False, title_justify="left")
+    table = Table(title=Text(printable(found["path"])), show_header=False, title_justify="left")
     if "size" in found:
-        table.add_row("size", f"{found['size']} bytes ({decimal(found['size'])})")
+        size = found["size"]
+        table.add_row("size", f"{size} bytes ({decimal(size)})" if size > 999 else decimal(size))
         if found["allocated"] is not None:
             table.add_row("on the disk", decimal(found["allocated"]))
         if found["holes"] is not None:
@@ -138,7 +159,8 @@ def show_stall(found: dict[str, Any], options: argparse.Namespace) -> None:
     console = Console(record=options.svg is not None)
     table = Table(
         title=Text(
-            f"{found['reads']} reads of {found['bytes']} bytes, {options.tasks} tasks, cold cache"
+            f"{counted(found['reads'], 'read')} of {counted(found['bytes'], 'byte')}, "
+            f"{counted(options.tasks, 'task')}, cold cache"
         ),
         caption="gaps: each place is a part of the time it took; the height is the longest gap "
         "in it, from 1 ms to the longest of all",
@@ -154,11 +176,14 @@ def show_stall(found: dict[str, Any], options: argparse.Namespace) -> None:
             name,
             f"{each['seconds'] * 1000:.0f} ms",
             Text(f"{each['longest_gap'] * 1000:.1f} ms", "bold"),
-            Text(heights(each["gaps"], longest), "red" if each is not ways["aiommap"] else "green"),
+            Text(
+                drawn(heights(each["gaps"], longest), console),
+                "red" if each is not ways["aiommap"] else "green",
+            ),
         )
     console.print(table)
     if options.svg is not None:
-        console.save_svg(options.svg, title=f"aiommap stall {found['path']}")
+        console.save_svg(options.svg, title=f"aiommap stall {printable(found['path'])}")
 
 
 def heights(gaps: Sequence[float], longest: float, places: int = 28) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -66,9 +67,11 @@ async def stall(
     options: argparse.Namespace, progress: Progress | None, complain: Complain
 ) -> dict[str, Any]:
     """Measure the three."""
+    if options.svg is not None:
+        await anyio.to_thread.run_sync(check_writable, options.svg)
     size = await send_out(options.file)
     if size == 0:
-        raise ValueError(f"{options.file}: the file is empty")
+        raise ValueError(f"{options.file!r} is empty: nothing to measure")
     length = min(options.size, size)
     places = range(0, size - length + 1, length)
     reads = min(options.reads, len(places))
@@ -81,6 +84,15 @@ async def stall(
         async with way(options.file) as read:
             found[name] = await measure(read, chosen, length, options.tasks, progress)
     return {"path": options.file, "reads": reads, "bytes": length, "ways": found}
+
+
+def check_writable(path: str) -> None:
+    """:raises OSError: nothing can be saved there; said now, and not after the measurement"""
+    is_new = not os.path.lexists(path)
+    with open(path, "ab"):
+        pass
+    if is_new:
+        os.unlink(path)
 
 
 async def measure(
