@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from inspect import CO_COROUTINE
 from types import FrameType
 from typing import NoReturn
 
@@ -60,19 +61,34 @@ def _who_asks() -> object:
     return current_event_loop().asking_task()
 
 
-_QUEUE = frozenset(
+_NOT_WITHIN = frozenset(
     f"{__package__}.{name}"
-    for name in ("_claim_lock", "_frontier", "_range_index", "_region_queue", "_wait_graph")
-)
+    for name in (
+        "_claim_lock",
+        "_event_loop",
+        "_frontier",
+        "_range_index",
+        "_region_queue",
+        "_wait_graph",
+    )
+) | {"trio._core._run"}
 
 
 def _is_interrupted() -> bool:
-    """Whether a finalizer that came here runs in the middle of the queue's work."""
+    """
+    Whether a finalizer that came here runs in the middle of the queue's work, or of what trio
+    does for a task that calls it: its cancel() would find a task woken that it is about to wake.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals is globals():
-        frame = frame.f_back  # on the way here; the finalizer is in another module
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _QUEUE:
+        # On the way here. The finalizer is in another module, or the one coroutine of this one
+        # that is being closed.
+        is_closed = frame.f_code.co_flags & CO_COROUTINE
+        frame = frame.f_back
+        if is_closed:
+            break
+    while frame is not None and frame.f_code.co_name != "unrolled_run":  # which steps trio's tasks
+        if frame.f_globals.get("__name__") in _NOT_WITHIN:
             return True
         frame = frame.f_back
     return False
@@ -267,7 +283,7 @@ class ClaimLock:
     def drop(self, claim: Claim, release: Callable[[Claim], object] | None = None) -> None:
         """
         Release a claim whose holder was dropped, for finalizers: at once if that is safe, which
-        it is where the last reference went in the loop's thread, else :meth:`abandon` it.
+        it is where the last reference went in a task of the loop, else :meth:`abandon` it.
         """
         if self.is_safe_here():
             self._abandoned.append((claim, release or self.release))
@@ -279,10 +295,17 @@ class ClaimLock:
         """
         Whether a finalizer may use the lock now.
 
-        The garbage collector runs finalizers in any thread and in the middle of anything, also of
-        the queue's own work, which must not find another piece gone than it put there.
+        The garbage collector runs finalizers in any thread and in the middle of anything: of the
+        queue's own work, which must not find another piece gone than it put there, or of the
+        event loop's. A task that is woken between two steps is overlooked where asyncio has made
+        out already how long it may sleep, or trio has listed the tasks that are to run.
         """
-        return self._is_running_here() and not _is_interrupted()
+        if not self._is_running_here() or _is_interrupted():
+            return False
+        try:
+            return self._task_here() is not None
+        except RuntimeError:  # trio, between its tasks
+            return False
 
     def leave(self, claim: Claim, reason: type[BaseException] | None) -> None:
         """

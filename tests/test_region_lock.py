@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
@@ -21,6 +22,8 @@ from aiommap import DeadlockError, RegionLease, RegionLock, RegionLockStatistics
 from aiommap._claim_lock import GRANTS_PER_YIELD, ClaimLock
 from aiommap._event_loop import Parking
 from aiommap._region_lock import RegionRequest
+
+from .between_steps import between_steps
 
 pytestmark = pytest.mark.anyio
 
@@ -743,6 +746,53 @@ async def test_dropped_lease_is_freed_with_a_warning() -> None:
             del lease
             gc.collect()
     assert record == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_a_lease_dropped_between_two_steps_of_the_loop() -> None:
+    """It is released in the loop's next turn: who is woken between the steps is overlooked."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+    leave.set()
+    leases = [await lock.exclusive(0, 10)]
+    waiting: list[int] = []
+
+    def drop() -> None:
+        with pytest.warns(ResourceWarning, match="dropped without being released"):
+            leases.clear()
+        waiting.append(lock.statistics().waiting)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(hold, lock.exclusive(5, 6), "next", record, leave)
+        await queued(lock, 1)
+        await between_steps(drop)
+        assert waiting == [1]
+    assert record == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_a_lease_dropped_while_trio_cancels_who_waits_for_it(backend_name: str) -> None:
+    """trio does not find a task woken that it is about to wake itself."""
+    if backend_name != "trio":
+        pytest.skip("asyncio's cancellations are not written in Python")
+    lock = RegionLock()
+    leases = [await lock.exclusive(0, 10)]
+
+    def collect(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == "_attempt_abort":
+            leases.clear()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(lock.exclusive(5, 6).__aenter__)
+        await queued(lock, 1)
+        with pytest.warns(ResourceWarning, match="dropped without being released"):
+            sys.setprofile(collect)
+            try:
+                tg.cancel_scope.cancel()
+            finally:
+                sys.setprofile(None)
+    await until(lambda: lock.statistics().held_exclusive == 0)
     assert_unused(lock)
 
 
