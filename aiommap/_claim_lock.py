@@ -193,7 +193,7 @@ class ClaimLock:
         """
         claim = Claim(start, stop, exclusive, self.check_entry())
         if not self.queue.add_if_free(claim):
-            self._release_abandoned()
+            self.release_abandoned()
             if not self.queue.would_grant((claim,)):
                 raise WouldBlock
             self.queue.add((claim,))
@@ -271,10 +271,11 @@ class ClaimLock:
         """
         if self._loop is not None:
             self._abandoned.append((claim, release or self.release))
-            if not self._loop.post(self._release_abandoned):
+            if not self._loop.post(self.release_abandoned):
                 self._abandoned.clear()  # with the loop
 
-    def _release_abandoned(self) -> None:
+    def release_abandoned(self) -> None:
+        """Release now what :meth:`abandon` was given. In the loop."""
         while self._abandoned:
             claim, release = self._abandoned.popleft()
             if claim.state in (WAITING, HELD):
@@ -287,7 +288,7 @@ class ClaimLock:
         """
         if self.is_safe_here():
             self._abandoned.append((claim, release or self.release))
-            self._release_abandoned()
+            self.release_abandoned()
         else:
             self.abandon(claim, release)
 
@@ -396,7 +397,7 @@ class ClaimLock:
     async def wait_for(self, claims: Sequence[Claim]) -> None:
         """Grant a request or wait until it is granted; cancelled, it leaves no trace."""
         lead = claims[0]
-        self._release_abandoned()
+        self.release_abandoned()
         try:
             granted = self.queue.add(claims)
         except DeadlockError:
@@ -430,7 +431,7 @@ class ClaimLock:
             await self.checkpoint()
         if self._closed is not None:
             raise self._closed()
-        self._release_abandoned()
+        self.release_abandoned()
         return self.queue.add(claims)
 
     def _bind(self) -> bool:
