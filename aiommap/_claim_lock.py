@@ -313,13 +313,10 @@ class ClaimLock:
         Release a claim at the end of a block, or while an exception passes.
 
         GeneratorExit may come from the garbage collector, which closes the coroutines of
-        tasks that were forgotten, in the middle of anything: then the release is posted. Only
-        the task itself (it closes an async generator) knows that it is not in the queue.
+        tasks that were forgotten, as from a task that closes an async generator: :meth:`drop`.
         """
-        if reason is GeneratorExit and not (
-            self._is_running_here() and claim.owner is self._current_task()
-        ):
-            self.abandon(claim)
+        if reason is GeneratorExit:
+            self.drop(claim)
         else:
             self.release(claim)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import operator
 import sys
 import threading
 import types
@@ -1006,6 +1007,68 @@ async def test_forgotten_coroutine_frees_its_region(where: str) -> None:
         await queued(lock, 0)
         lease.release()
     await until(lambda: lock.statistics().held_exclusive == 0)
+    assert_unused(lock)
+
+
+@pytest.mark.parametrize("where", ["block", "wait"])
+async def test_forgotten_coroutine_that_is_closed_between_two_steps(where: str) -> None:
+    """Its region is freed as well, in the loop's next turn."""
+    lock = RegionLock(fast_acquire=True)
+
+    async def body() -> None:
+        async with lock.exclusive(0, 1):
+            await suspend()
+
+    lease = await lock.exclusive(0, 1) if where == "wait" else None
+    if lease is not None:
+        lock._claims.disown(cast(Any, lease._claim))
+    coroutine = body()
+    coroutine.send(None)
+    asked: list[int] = []
+
+    def close() -> None:
+        coroutine.close()
+        now = lock.statistics()
+        asked.append(now.held_exclusive + now.waiting)
+
+    await between_steps(close)
+    assert asked == [1 if lease is None else 2]
+    await queued(lock, 0)
+    if lease is not None:
+        lease.release()
+    await until(lambda: lock.statistics().held_exclusive == 0)
+    assert_unused(lock)
+
+
+async def test_forgotten_waiter_that_is_closed_in_the_middle_of_a_request() -> None:
+    """Where the lock's own code is interrupted, nobody leaves before that is done."""
+    lock = RegionLock(fast_acquire=True)
+    lease = await lock.exclusive(0, 1)
+    lock._claims.disown(cast(Any, lease._claim))
+
+    async def body() -> None:
+        await lock.exclusive(0, 1)
+
+    coroutine = body()
+    coroutine.send(None)
+    loop: Any = lock._claims._loop
+    waiting: list[int] = []
+    # As the collector comes, without a frame between the request's and the waiter's.
+    steps = coroutine.close, lambda: waiting.append(lock.statistics().waiting), loop.parking
+    parking = filter(None, map(operator.call, steps))
+    cast(Any, lock._claims)._loop = types.SimpleNamespace(parking=parking.__next__, post=loop.post)
+
+    async with anyio.create_task_group() as tg:
+
+        async def ask() -> None:
+            (await lock.exclusive(0, 1)).release()
+
+        tg.start_soon(ask)
+        await until(lambda: bool(waiting))
+        lock._claims._loop = loop
+        assert waiting == [2]
+        await queued(lock, 1)
+        lease.release()
     assert_unused(lock)
 
 
