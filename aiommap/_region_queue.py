@@ -59,8 +59,8 @@ from collections.abc import Iterable, Sequence
 
 from ._errors import DeadlockError
 from ._frontier import Frontier, Piece
-from ._range_index import finder
-from ._range_sets import Range, clip, outside, union
+from ._range_index import RangeIndex, finder
+from ._range_sets import Range, clip, meets, outside, union
 from ._wait_graph import (
     GONE,
     HELD,
@@ -93,6 +93,7 @@ class RegionQueue(Frontier):
         "_graph",
         "_tickets",
         "_waiting",
+        "_wanted",
         "held_exclusive",
         "held_shared",
         "longest_queue",
@@ -102,6 +103,9 @@ class RegionQueue(Frontier):
         super().__init__()
         self._graph = WaitGraph() if graph is None else graph
         self._waiting: dict[Claim, None] = {}
+        # By owner, its holds that somebody waits for, as they may not be on the frontier. One is
+        # by far the most frequent: no index for it.
+        self._wanted: dict[object, Claim | RangeIndex[Claim]] = {}
         self._tickets = 0
         self._closing = False
         self.held_exclusive: int = 0
@@ -207,19 +211,13 @@ class RegionQueue(Frontier):
             if hold.owner is claim.owner and hold.state == HELD:
                 raise DeadlockError(spell_own(claim, hold))
         # A hold that is not on the frontier is hidden by someone who waits for it.
-        own = []
-        for hold in self._graph.wanted_holds(claim.owner):
-            if self._links(hold).queue is self and overlap(hold, claim):
-                if hold.exclusive or claim.exclusive:
-                    raise DeadlockError(spell_own(claim, hold))
-                own.append(hold)
+        own = self._own_holds(claim)
+        for hold in own:
+            if hold.exclusive or claim.exclusive:
+                raise DeadlockError(spell_own(claim, hold))
         if own:
             others = outside(claim.start, claim.stop, [(hold.start, hold.stop) for hold in own])
-            pieces = [
-                piece
-                for piece in pieces
-                if any(piece.start < stop and start < piece.stop for start, stop in others)
-            ]
+            pieces = [piece for piece in pieces if meets(others, piece.start, piece.stop)]
         return pieces, own
 
     def _place(self, claim: Claim, pieces: list[Piece], own: list[Claim]) -> None:
@@ -243,20 +241,24 @@ class RegionQueue(Frontier):
         Place a shared claim so that where its owner has shared holds it is where they are:
         visible where they are, else hidden by who hides them, who then waits for it as well.
         """
-        placed = outside(claim.start, claim.stop, [(hold.start, hold.stop) for hold in own])
         self._links(claim).cuts = {}, {}
-        for start, stop in placed:
+        for start, stop in outside(claim.start, claim.stop, [(h.start, h.stop) for h in own]):
             self._show(claim, start, stop)
-        for hold in own:
-            beside = clip(outside(claim.start, claim.stop, placed), hold.start, hold.stop)
-            for part in beside:
-                for start, stop in clip(self._visible(hold), *part):
-                    self._show(claim, start, stop)
-                for later in hold.waited_by:
-                    hidden = clip(self._links(later).waits_for[hold], *part)
-                    if hidden:
-                        self._link(later, claim).extend(hidden)
-            placed.append((hold.start, hold.stop))
+        placed = claim.start
+        for hold in sorted(own, key=lambda hold: hold.start):
+            part = max(placed, hold.start), min(hold.stop, claim.stop)
+            if part[0] >= part[1]:
+                continue  # beside the holds before it
+            for start, stop in clip(self._visible(hold), *part):
+                self._show(claim, start, stop)
+            for later in hold.waited_by:
+                hidden = clip(self._links(later).waits_for[hold], *part)
+                if hidden:
+                    self._link(later, claim).extend(hidden)
+            placed = hold.stop
+        for later in claim.waited_by:
+            entries = self._links(later).waits_for
+            entries[claim] = union(entries[claim])
 
     # Leaving
 
@@ -304,7 +306,7 @@ class RegionQueue(Frontier):
         links = self._links(claim)
         visible = self._take_visible(claim)
         if links.waited_by and claim.state == HELD:
-            self._graph.is_unwanted(claim)
+            self._is_unwanted(claim)
         heirs = [(later, self._links(later).waits_for.pop(claim)) for later in links.waited_by]
         touched.update(links.waited_by)
         for earlier in links.waits_for:
@@ -361,7 +363,7 @@ class RegionQueue(Frontier):
         claim.state = HELD
         self._count(claim, 1)
         if claim.links is not None and claim.links.waited_by:
-            self._graph.is_wanted(claim)
+            self._is_wanted(claim)
 
     # Changing what is held
 
@@ -376,7 +378,7 @@ class RegionQueue(Frontier):
         visible = self._take_visible(claim)
         waited_by = list(claim.waited_by)
         if waited_by:
-            self._graph.is_unwanted(claim)
+            self._is_unwanted(claim)
         self._count(claim, -1)
         claim.state = GONE
         for half in (left, right):
@@ -397,11 +399,14 @@ class RegionQueue(Frontier):
         :return: the requests that are granted thereby
         """
         visible = self._take_visible(claim)
+        waited_by = list(claim.waited_by)
+        if waited_by:
+            self._is_unwanted(claim)
         claim.start = start
         claim.stop = stop
         self._set_visible(claim, visible)
         touched = []
-        for later in list(claim.waited_by):
+        for later in waited_by:
             entries = self._links(later).waits_for
             hidden = entries[claim]
             if self._wait_for_part(later, claim, hidden):
@@ -409,8 +414,10 @@ class RegionQueue(Frontier):
                     entries[claim] = clip(hidden, start, stop)
             else:
                 del entries[claim]
-                self._unlink(later, claim)
+                del self._links(claim).waited_by[later]
                 touched.append(later)
+        if claim.waited_by:
+            self._is_wanted(claim)
         return self._grant(touched)
 
     def downgrade(self, lead: Claim) -> Sequence[Claim]:
@@ -445,10 +452,10 @@ class RegionQueue(Frontier):
         for claim in lead.parts:
             wanted = bool(claim.waited_by)
             if wanted:
-                self._graph.is_unwanted(claim)
+                self._is_unwanted(claim)
             claim.owner = owner
             if wanted:
-                self._graph.is_wanted(claim)
+                self._is_wanted(claim)
 
     def _wait_for_part(self, later: Claim, part: Claim, hidden: list[Range]) -> bool:
         """Whether who waited for a hold, hiding this of it, waits for that part of it."""
@@ -460,11 +467,44 @@ class RegionQueue(Frontier):
 
     # Who waits for whom
 
+    def _is_wanted(self, hold: Claim) -> None:
+        """Somebody waits for a hold, which is not empty then."""
+        if hold.owner is not None:
+            self._graph.is_wanted(hold)
+            holds = self._wanted.setdefault(hold.owner, hold)
+            if holds is hold:
+                return
+            if isinstance(holds, Claim):
+                first = holds
+                holds = self._wanted[hold.owner] = RangeIndex()
+                holds.add(first)
+            holds.add(hold)
+
+    def _is_unwanted(self, hold: Claim) -> None:
+        """Nobody waits for it any more, or it is about to change its owner or its range."""
+        if hold.owner is not None:
+            self._graph.is_unwanted(hold)
+            holds = self._wanted[hold.owner]
+            if not isinstance(holds, Claim):
+                holds.remove(hold)
+                if holds.classes:
+                    return
+            del self._wanted[hold.owner]
+
+    def _own_holds(self, claim: Claim) -> list[Claim]:
+        """Which of its owner's holds that somebody waits for it overlaps."""
+        holds = self._wanted.get(claim.owner)
+        if holds is None:
+            return []
+        if isinstance(holds, Claim):
+            return [holds] if overlap(holds, claim) else []
+        return holds.overlapping(claim.start, claim.stop)
+
     def _link(self, later: Claim, earlier: Claim) -> list[Range]:
         """Have ``later`` wait for ``earlier``. :return: the bytes of it that it hides"""
         waited_by = self._links(earlier).waited_by
         if not waited_by and earlier.state == HELD:
-            self._graph.is_wanted(earlier)
+            self._is_wanted(earlier)
         waited_by[later] = None
         return self._links(later).waits_for.setdefault(earlier, [])
 
@@ -473,7 +513,7 @@ class RegionQueue(Frontier):
         waited_by = self._links(earlier).waited_by
         del waited_by[later]
         if not waited_by and earlier.state == HELD:
-            self._graph.is_unwanted(earlier)
+            self._is_unwanted(earlier)
 
     def _count(self, claim: Claim, change: int) -> None:
         if claim.exclusive:
@@ -512,6 +552,14 @@ class RegionQueue(Frontier):
         assert tickets == sorted(tickets)
         assert self.longest_queue >= len(tickets)
         self._graph.check(self, claims)
+        wanted = {}
+        for owner, holds in self._wanted.items():
+            if isinstance(holds, Claim):
+                wanted[owner] = {holds}
+            else:
+                holds.check()
+                wanted[owner] = set(holds.pieces())
+        assert wanted == self._graph.wanted(self)
 
     def _check_claim(self, claim: Claim) -> None:
         self._check_pieces(claim)

@@ -144,10 +144,6 @@ class WaitGraph:
         """Nobody waits for it any more, or it is not held any more."""
         _take(self._contended, claim)
 
-    def wanted_holds(self, owner: object) -> Iterable[Claim]:
-        """What the owner holds that others wait for, in every lock."""
-        return self._contended.get(owner, ())
-
     def find_cycle(self, owner: object, blockers: Sequence[Claim]) -> list[Claim] | None:
         """
         The way from something that a new request would wait for to something its owner holds.
@@ -212,6 +208,10 @@ class WaitGraph:
                 todo += lead.parts
                 todo += self._contended.get(lead.owner, ())
 
+    def wanted(self, queue: object) -> dict[object, set[Claim]]:
+        """By owner, the holds in a queue that others wait for. For tests: O(n)."""
+        return _of(queue, self._contended)
+
     def check(self, queue: object, claims: Iterable[Claim]) -> None:
         """Assert that the graph says the truth about a queue's claims. For tests: O(n)."""
         waiting: dict[object, set[Claim]] = {}
@@ -224,7 +224,7 @@ class WaitGraph:
             elif claim.waited_by:
                 contended.setdefault(claim.owner, set()).add(claim)
         assert _of(queue, self._waiting) == waiting
-        assert _of(queue, self._contended) == contended
+        assert self.wanted(queue) == contended
 
 
 def _put(table: dict[object, dict[Claim, None]], claim: Claim) -> None:

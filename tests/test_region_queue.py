@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aiommap import _region_queue
 from aiommap._errors import DeadlockError
 from aiommap._range_index import FAN, FEW, RangeIndex
 from aiommap._range_sets import clip, outside, union
-from aiommap._region_queue import RegionQueue, claims_for
+from aiommap._region_queue import RegionQueue, claims_for, overlap
 from aiommap._wait_graph import GONE, HELD, WAITING, Claim, WaitGraph
 
 TIB = 2**40
@@ -534,6 +535,58 @@ def test_narrow_writers_under_wide_readers() -> None:
     for _ in range(500):
         waiting(queue, 77, 78, True)
     assert queue.links <= 500 + 500
+
+
+class CountingRanges(Counting):
+    """Counts the ranges that it shows, and those in what waits note of the claims they hide."""
+
+    shown = 0
+
+    def _show(self, claim: Claim, start: int, stop: int) -> None:
+        self.shown += 1
+        super()._show(claim, start, stop)
+
+    def _visible(self, claim: Claim) -> list[tuple[int, int]]:
+        visible = super()._visible(claim)
+        self.shown += len(visible)
+        return visible
+
+
+def test_a_task_that_holds_much_shared_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more byte meets one of its 1 000 holds, all of them again meet each once."""
+    looks = 0
+
+    def counting_clip(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Any:
+        nonlocal looks
+        ranges = list(ranges)
+        looks += len(ranges)
+        return clip(ranges, start, stop)
+
+    def counting_overlap(one: Any, other: Any) -> bool:
+        nonlocal looks
+        looks += 1
+        return overlap(one, other)
+
+    monkeypatch.setattr(_region_queue, "clip", counting_clip)
+    monkeypatch.setattr(_region_queue, "overlap", counting_overlap)
+    graph = WaitGraph()
+    queue, other = CountingRanges(graph), CountingRanges(graph)
+    for lock in (queue, other):
+        for n in range(1000):
+            held(lock, n, n + 1, False, "A")
+        waiting(lock, 0, 1000, True, "B" if lock is queue else "C")
+    queue.links = queue.shown = looks = 0
+    again = held(queue, 500, 501, False, "A")
+    assert (queue.links, queue.shown) == (1, 0)
+    assert looks == 1
+    queue.remove(again)
+    wide = held(queue, 0, 1000, False, "A")
+    assert queue.links == 1001
+    assert looks <= 1002
+    assert all(len(later.links.waits_for[wide]) == 1 for later in wide.waited_by if later.links)
+    held(queue, 500, 501, False, "A")
+    assert looks <= 1003
+    queue._check()
 
 
 def test_cancelled_writers_leave_a_reader_whole() -> None:
