@@ -226,7 +226,7 @@ class ClaimLock:
             lead.links.waiter.wake()  # type: ignore[union-attr]
 
     def split(self, claim: Claim, at: int) -> tuple[Claim, Claim]:
-        """Cut a held claim in two, ``start <= at <= stop``; the claim itself is gone."""
+        """Cut a held claim in two, ``start <= at <= stop``; the claim is one of them then."""
         return self.queue.split(claim, at)
 
     def restrict(self, claim: Claim, start: int, stop: int) -> None:

@@ -589,6 +589,39 @@ def test_a_task_that_holds_much_shared_asks_for_more(monkeypatch: pytest.MonkeyP
     queue._check()
 
 
+def test_a_sliver_that_is_cut_off_concerns_those_who_meet_it() -> None:
+    """Of 1 000 writers who wait, each for a byte of its own, a cut of one byte looks at one."""
+    for at in (10, 990):
+        queue = CountingRanges()
+        rest = held(queue, 0, 1000, False)
+        for n in range(0, 1000, 2):
+            waiting(queue, n, n + 1, True)
+        queue.links = queue.shown = 0
+        left, right = queue.split(rest, at)
+        assert queue.links == 5
+        assert queue.shown <= 6
+        queue._check()
+        kept = max(left, right, key=lambda half: half.stop - half.start)
+        queue.links = queue.shown = 0
+        assert len(queue.restrict(kept, kept.start + 1, kept.stop)) == 1
+        assert (queue.links, queue.shown) == (0, 0)
+        queue._check()
+
+
+def test_what_cancelled_writers_hid_is_counted_once_when_a_hold_is_cut() -> None:
+    """Who hides all of a hold, and hid it piece by piece, hides each half as one range."""
+    queue = RegionQueue()
+    hold = held(queue, 0, 1000, False)
+    writers = [waiting(queue, n, n + 1, True) for n in range(0, 1000, 2)]
+    last = waiting(queue, 0, 1000, True)
+    for writer in writers:
+        queue.remove(writer)
+    left, right = queue.split(hold, 400)
+    assert last.links is not None
+    assert last.links.waits_for == {left: [(0, 400)], right: [(400, 1000)]}
+    queue._check()
+
+
 def test_cancelled_writers_leave_a_reader_whole() -> None:
     """10 000 writers who give up do not leave the reader they waited for in 10 000 pieces."""
     queue = RegionQueue()
