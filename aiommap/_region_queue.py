@@ -93,6 +93,8 @@ class RegionQueue(Frontier):
     :ivar held_exclusive: number of ranges held exclusively
     :ivar held_shared: number of ranges held shared
     :ivar longest_queue: the most requests that ever waited at one time
+    :ivar busy: whether an addition, removal or change is under way. Not where nobody waits: it
+        would cost the hot path as much as a hash table's entry
     """
 
     __slots__ = (
@@ -101,6 +103,7 @@ class RegionQueue(Frontier):
         "_tickets",
         "_waiting",
         "_wanted",
+        "busy",
         "held_exclusive",
         "held_shared",
         "longest_queue",
@@ -115,6 +118,7 @@ class RegionQueue(Frontier):
         self._wanted: dict[object, Claim | RangeIndex[Claim]] = {}
         self._tickets = 0
         self._closing = False
+        self.busy: bool = False
         self.held_exclusive: int = 0
         self.held_shared: int = 0
         self.longest_queue: int = 0
@@ -171,33 +175,37 @@ class RegionQueue(Frontier):
         :raises DeadlockError: if it conflicts with a hold of its owner or closes a cycle of
             waits; then nothing has changed
         """
-        plan = [self._plan(claim) for claim in parts]
-        blockers = [piece.claim for pieces, _ in plan for piece in pieces]
-        if blockers:
-            cycle = self._graph.find_cycle(parts[0].owner, blockers)
-            if cycle:
-                raise DeadlockError(spell_cycle(parts, cycle))
-        if len(parts) > 1:
+        self.busy = True
+        try:
+            plan = [self._plan(claim) for claim in parts]
+            blockers = [piece.claim for pieces, _ in plan for piece in pieces]
+            if blockers:
+                cycle = self._graph.find_cycle(parts[0].owner, blockers)
+                if cycle:
+                    raise DeadlockError(spell_cycle(parts, cycle))
+            if len(parts) > 1:
+                for claim in parts:
+                    self._links(claim).parts = tuple(parts)
+            for claim, (pieces, own) in zip(parts, plan, strict=True):
+                if claim.exclusive and claim is not parts[0]:
+                    # A part placed before it may have cut one of these pieces.
+                    pieces = self._in_the_way(claim)
+                self._place(claim, pieces, own)
+            if not blockers:
+                for claim in parts:
+                    self._hold(claim)
+                return True
+            lead = parts[0]
             for claim in parts:
-                self._links(claim).parts = tuple(parts)
-        for claim, (pieces, own) in zip(parts, plan, strict=True):
-            if claim.exclusive and claim is not parts[0]:
-                # A part placed before it may have cut one of these pieces.
-                pieces = self._in_the_way(claim)
-            self._place(claim, pieces, own)
-        if not blockers:
-            for claim in parts:
-                self._hold(claim)
-            return True
-        lead = parts[0]
-        for claim in parts:
-            claim.state = WAITING
-        self._tickets += 1
-        self._links(lead).ticket = self._tickets
-        self._waiting[lead] = None
-        self.longest_queue = max(self.longest_queue, len(self._waiting))
-        self._graph.starts_waiting(lead)
-        return False
+                claim.state = WAITING
+            self._tickets += 1
+            self._links(lead).ticket = self._tickets
+            self._waiting[lead] = None
+            self.longest_queue = max(self.longest_queue, len(self._waiting))
+            self._graph.starts_waiting(lead)
+            return False
+        finally:
+            self.busy = False
 
     def would_grant(self, parts: Sequence[Claim]) -> bool:
         """
@@ -205,7 +213,11 @@ class RegionQueue(Frontier):
 
         :raises DeadlockError: if it conflicts with a hold of its owner
         """
-        plan = [self._plan(claim) for claim in parts]  # all of them, for the DeadlockError
+        self.busy = True
+        try:
+            plan = [self._plan(claim) for claim in parts]  # all of them, for the DeadlockError
+        finally:
+            self.busy = False
         return not any(pieces for pieces, _ in plan)
 
     def _plan(self, claim: Claim) -> tuple[list[Piece], list[Claim]]:
@@ -286,17 +298,21 @@ class RegionQueue(Frontier):
                     self._shared.remove(lead)
             lead.state = GONE
             return ()
-        parts = lead.parts
-        if lead.state == WAITING:
-            del self._waiting[lead]
-            self._graph.ends_waiting(lead)
-        else:
+        self.busy = True
+        try:
+            parts = lead.parts
+            if lead.state == WAITING:
+                del self._waiting[lead]
+                self._graph.ends_waiting(lead)
+            else:
+                for claim in parts:
+                    self._count(claim, -1)
+            touched: dict[Claim, None] = {}
             for claim in parts:
-                self._count(claim, -1)
-        touched: dict[Claim, None] = {}
-        for claim in parts:
-            self._take_out(claim, touched)
-        return self._grant(touched)
+                self._take_out(claim, touched)
+            return self._grant(touched)
+        finally:
+            self.busy = False
 
     def remove_waiting(self) -> list[Claim]:
         """Cancel every request that waits and grant none. :return: them, in order of arrival"""
@@ -384,11 +400,9 @@ class RegionQueue(Frontier):
         start, stop = claim.start, claim.stop
         if at - start < stop - at:
             left = Claim(start, at, claim.exclusive, claim.owner)
-            self._hold(left)
             self._shrink(claim, at, stop, left)
             return left, claim
         right = Claim(at, stop, claim.exclusive, claim.owner)
-        self._hold(right)
         self._shrink(claim, start, at, right)
         return claim, right
 
@@ -398,15 +412,27 @@ class RegionQueue(Frontier):
 
         :return: the requests that are granted thereby
         """
-        return self._grant(self._shrink(claim, start, stop))
+        return self._shrink(claim, start, stop)
 
     def _shrink(
         self, claim: Claim, start: int, stop: int, other: Claim | None = None
-    ) -> list[Claim]:
+    ) -> Sequence[Claim]:
         """
         Have a hold keep ``[start, stop)`` only, and another one, new and of the same owner, have
-        the rest. :return: those who do not wait for the first one any more
+        the rest.
+
+        :return: the requests that are granted thereby
         """
+        self.busy = True
+        try:
+            if other is not None:
+                self._hold(other)
+            return self._grant(self._cut_off(claim, start, stop, other))
+        finally:
+            self.busy = False
+
+    def _cut_off(self, claim: Claim, start: int, stop: int, other: Claim | None) -> list[Claim]:
+        """:return: those who do not wait for the first one any more"""
         waited_by = list(claim.waited_by)
         if waited_by:
             self._is_unwanted(claim)
@@ -439,6 +465,14 @@ class RegionQueue(Frontier):
 
         :return: the requests that are granted thereby
         """
+        self.busy = True
+        try:
+            return self._grant(self._let_readers_in(lead))
+        finally:
+            self.busy = False
+
+    def _let_readers_in(self, lead: Claim) -> list[Claim]:
+        """:return: those who do not wait for it any more"""
         touched = []
         for claim in lead.parts:
             if not claim.exclusive:
@@ -453,7 +487,7 @@ class RegionQueue(Frontier):
                     del self._links(later).waits_for[claim]
                     self._unlink(later, claim)
                     touched.append(later)
-        return self._grant(touched)
+        return touched
 
     def hand_over(self, lead: Claim, owner: object) -> None:
         """

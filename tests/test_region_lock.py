@@ -23,6 +23,7 @@ from aiommap import DeadlockError, RegionLease, RegionLock, RegionLockStatistics
 from aiommap._claim_lock import GRANTS_PER_YIELD, ClaimLock
 from aiommap._event_loop import Parking
 from aiommap._region_lock import RegionRequest
+from aiommap._wait_graph import HELD, Claim
 
 from .between_steps import between_steps
 
@@ -1085,6 +1086,90 @@ async def test_async_generator_frees_its_region_when_closed() -> None:
     await cast(Any, generator).aclose()
     lock.exclusive_nowait(0, 1).release()
     assert_unused(lock)
+
+
+class Woken:
+    """Stands for a task that waits."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def wake(self) -> None:
+        self.times += 1
+
+
+def split(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    return list(lease.split_at(5))
+
+
+def restrict(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    lease.restrict(2, 4)
+    return [lease]
+
+
+def downgrade(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    lease.downgrade()
+    return [lease]
+
+
+def release(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    lease.release()
+    return []
+
+
+def ask_again(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    return [lease, *([] if lease.exclusive else [lock.shared_nowait(3, 6)])]
+
+
+@pytest.mark.parametrize("do", [split, restrict, downgrade, release, ask_again])
+async def test_a_lease_that_a_finalizer_releases_in_the_middle_of_the_queues_work(
+    do: Callable[[RegionLock, RegionLease], list[RegionLease]],
+) -> None:
+    """At whichever line it comes, the work goes on as if it had come afterwards."""
+
+    lines = at = 0
+
+    def collect(frame: types.FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        queue = frame.f_globals["__name__"] in ("aiommap._region_queue", "aiommap._frontier")
+        if queue and event == "line":
+            lines += 1
+            if lines == at:
+                sys.settrace(None)
+                other.release()
+        return collect if queue or frame.f_code.co_filename != __file__ else None
+
+    while lines >= at:
+        at += 1
+        lines = 0
+        lock = RegionLock()
+        hold = lock.exclusive_nowait(0, 5) if do is downgrade else lock.shared_nowait(0, 10)
+        other = lock.shared_nowait(5 if do is downgrade else 1, 11)
+        tasks = []
+        for n in range(6):
+            claim = Claim(n, n + 5, n % 2 == 0, n)
+            assert not lock._claims.queue.add((claim,))
+            assert claim.links is not None
+            claim.links.waiter = Woken()
+            tasks.append(claim)
+        sys.settrace(collect)
+        try:
+            left = do(lock, hold)
+        finally:
+            sys.settrace(None)
+        if lines < at:
+            other.release()
+        lock._claims.release_abandoned()
+        lock._claims.queue._check()
+        for lease in left:
+            lease.release()
+        for claim in tasks:
+            assert claim.state == HELD
+            assert claim.links is not None
+            assert claim.links.waiter.times == 1
+            lock._claims.release(claim)
+        assert_unused(lock)
+    assert at > 20
 
 
 # Loops and threads
