@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from inspect import CO_COROUTINE
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, ref
 
 from anyio import WouldBlock
 
@@ -35,9 +36,18 @@ _TURNS_FOR_A_HEIR = 2
 """Turns of the event loop after which a task that was just started has run: a task of the first
 turn may run before it (trio draws lots)."""
 
-_graph = WaitGraph()
-"""One for all locks, so that cycles through several locks are found. A claim is in it only
-while somebody waits for it; tasks of different event loops never meet in it."""
+_graphs: WeakKeyDictionary[Any, ref[WaitGraph]] = WeakKeyDictionary()
+"""One graph for all locks of an event loop, so that cycles through several locks are found. The
+locks keep it. It leads to tasks that wait and so to the loop, which nothing here may keep."""
+
+
+def _graph_of(loop: EventLoop) -> WaitGraph:
+    known = _graphs.get(loop.itself)
+    graph = None if known is None else known()
+    if graph is None:
+        graph = WaitGraph()
+        _graphs[loop.itself] = ref(graph)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class ClaimLock:
 
     def __init__(self, *, fast_acquire: bool = False, known_as: str = "region lock") -> None:
         self._known_as = known_as
-        self.queue: RegionQueue = RegionQueue(_graph)
+        self.queue: RegionQueue = RegionQueue()
         self.fast_acquire: bool = fast_acquire
         self._loop: EventLoop | None = None
         self._closed: Callable[[], BaseException] | None = None
@@ -434,6 +444,7 @@ class ClaimLock:
     def _bind(self) -> bool:
         loop = current_event_loop()
         self._loop = loop
+        self.queue.graph = _graph_of(loop)
         self._current_task = loop.current_task
         self._task_here = loop.task_here
         self.asking_task = loop.asking_task

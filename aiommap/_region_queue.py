@@ -93,17 +93,18 @@ class RegionQueue(Frontier):
     :ivar held_exclusive: number of ranges held exclusively
     :ivar held_shared: number of ranges held shared
     :ivar longest_queue: the most requests that ever waited at one time
+    :ivar graph: who waits for whom; another one only before the first request
     :ivar busy: whether an addition, removal or change is under way. Not where nobody waits: it
         would cost the hot path as much as a hash table's entry
     """
 
     __slots__ = (
         "_closing",
-        "_graph",
         "_tickets",
         "_waiting",
         "_wanted",
         "busy",
+        "graph",
         "held_exclusive",
         "held_shared",
         "longest_queue",
@@ -111,7 +112,7 @@ class RegionQueue(Frontier):
 
     def __init__(self, graph: WaitGraph | None = None) -> None:
         super().__init__()
-        self._graph = WaitGraph() if graph is None else graph
+        self.graph: WaitGraph = WaitGraph() if graph is None else graph
         self._waiting: dict[Claim, None] = {}
         # By owner, its holds that somebody waits for, as they may not be on the frontier. One is
         # by far the most frequent: no index for it.
@@ -180,7 +181,7 @@ class RegionQueue(Frontier):
             plan = [self._plan(claim) for claim in parts]
             blockers = [piece.claim for pieces, _ in plan for piece in pieces]
             if blockers:
-                cycle = self._graph.find_cycle(parts[0].owner, blockers)
+                cycle = self.graph.find_cycle(parts[0].owner, blockers)
                 if cycle:
                     raise DeadlockError(spell_cycle(parts, cycle))
             if len(parts) > 1:
@@ -202,7 +203,7 @@ class RegionQueue(Frontier):
             self._links(lead).ticket = self._tickets
             self._waiting[lead] = None
             self.longest_queue = max(self.longest_queue, len(self._waiting))
-            self._graph.starts_waiting(lead)
+            self.graph.starts_waiting(lead)
             return False
         finally:
             self.busy = False
@@ -303,7 +304,7 @@ class RegionQueue(Frontier):
             parts = lead.parts
             if lead.state == WAITING:
                 del self._waiting[lead]
-                self._graph.ends_waiting(lead)
+                self.graph.ends_waiting(lead)
             else:
                 for claim in parts:
                     self._count(claim, -1)
@@ -374,7 +375,7 @@ class RegionQueue(Frontier):
                 continue
             lead = parts[0]
             del self._waiting[lead]
-            self._graph.ends_waiting(lead)
+            self.graph.ends_waiting(lead)
             for part in parts:
                 self._hold(part)
             granted.append(lead)
@@ -517,7 +518,7 @@ class RegionQueue(Frontier):
     def _is_wanted(self, hold: Claim) -> None:
         """Somebody waits for a hold, which is not empty then."""
         if hold.owner is not None:
-            self._graph.is_wanted(hold)
+            self.graph.is_wanted(hold)
             holds = self._wanted.setdefault(hold.owner, hold)
             if holds is hold:
                 return
@@ -530,7 +531,7 @@ class RegionQueue(Frontier):
     def _is_unwanted(self, hold: Claim) -> None:
         """Nobody waits for it any more, or it is about to change its owner or its range."""
         if hold.owner is not None:
-            self._graph.is_unwanted(hold)
+            self.graph.is_unwanted(hold)
             holds = self._wanted[hold.owner]
             if not isinstance(holds, Claim):
                 holds.remove(hold)
@@ -598,7 +599,7 @@ class RegionQueue(Frontier):
         tickets = [self._links(lead).ticket for lead in self._waiting]
         assert tickets == sorted(tickets)
         assert self.longest_queue >= len(tickets)
-        self._graph.check(self, claims)
+        self.graph.check(self, claims)
         wanted = {}
         for owner, holds in self._wanted.items():
             if isinstance(holds, Claim):
@@ -606,7 +607,7 @@ class RegionQueue(Frontier):
             else:
                 holds.check()
                 wanted[owner] = set(holds.pieces())
-        assert wanted == self._graph.wanted(self)
+        assert wanted == self.graph.wanted(self)
 
     def _check_claim(self, claim: Claim) -> None:
         self._check_pieces(claim)

@@ -122,7 +122,7 @@ class WaitGraph:
     Locks that share a graph see the cycles that go through several of them.
     """
 
-    __slots__ = ("_contended", "_waiting")
+    __slots__ = ("__weakref__", "_contended", "_waiting")
 
     def __init__(self) -> None:
         self._waiting: dict[object, dict[Claim, None]] = {}

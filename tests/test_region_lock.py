@@ -8,6 +8,7 @@ import operator
 import sys
 import threading
 import types
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import suppress
 from typing import Any, cast
@@ -1214,6 +1215,41 @@ async def test_lock_made_outside_a_loop(anyio_backend: tuple[str, dict[str, Any]
     lock = await anyio.to_thread.run_sync(RegionLock)
     await use(lock)
     assert_unused(lock)
+
+
+def test_a_loop_that_ends_with_waiters_is_let_go(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """Nothing keeps the locks, tasks and loop of a program that stopped in the middle."""
+    name, options = anyio_backend
+    if name != "asyncio":
+        pytest.skip("trio's loop ends with its tasks")
+    if "use_uvloop" in options:
+        uvloop = pytest.importorskip("uvloop")
+        make = uvloop.new_event_loop
+    else:
+        make = options.get("loop_factory", asyncio.new_event_loop)
+
+    def stop_in_the_middle() -> list[weakref.ref[object]]:
+        lock, other = RegionLock(), RegionLock()
+
+        async def main() -> None:
+            tasks = [asyncio.ensure_future(use(lock)) for lock in (lock, other) for _ in range(2)]
+            await queued(lock, 1)
+            await queued(other, 1)
+            assert lock._claims.queue.graph is other._claims.queue.graph
+            assert set(lock._claims.queue.graph._waiting) == {tasks[1], tasks[3]}
+
+        async def use(lock: RegionLock) -> None:
+            async with lock.exclusive(0, 1):
+                await anyio.sleep_forever()
+
+        loop = make()
+        loop.run_until_complete(main())
+        loop.close()
+        return [weakref.ref(each) for each in (lock, other, loop)]
+
+    refs = stop_in_the_middle()
+    gc.collect()
+    assert [each() for each in refs] == [None, None, None]
 
 
 # The lock of claims
