@@ -406,8 +406,10 @@ class ClaimLock:
         lead = claims[0]
         self.release_abandoned()
         try:
-            granted = self.queue.add(claims)
+            granted: bool | None = self.queue.add(claims)
         except DeadlockError:
+            granted = None  # what is met below has nothing to do with this error
+        if granted is None:
             granted = await self._add_after_heirs(claims)
         if granted:
             if self.must_yield():

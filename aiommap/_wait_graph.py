@@ -25,6 +25,10 @@ NEW, WAITING, HELD, GONE = range(4)
 """The states of a claim, in the order it goes through them."""
 
 
+SPELLED = 5
+"""How many of a long cycle's waits a message has from each end. Out of the air."""
+
+
 class Cut:
     """A part of a claim's range, where later claims hide the rest of it."""
 
@@ -177,8 +181,9 @@ class WaitGraph:
                 if claim.owner is owner:
                     step: Claim | None = claim
                     while step is not None:
-                        path.insert(0, step)
+                        path.append(step)
                         step = came_from[step]
+                    path.reverse()
                     return
                 waiting = self._waiting.get(claim.owner, ())
             for lead in waiting:
@@ -251,8 +256,12 @@ def _of(queue: object, table: dict[object, dict[Claim, None]]) -> dict[object, s
 def spell_cycle(asked: Sequence[Claim], path: Sequence[Claim]) -> str:
     """The message for a request that closes a cycle of waits."""
     text = f"deadlock: {name_of(asked[0].owner)} asks for {' and '.join(map(spell, asked))}, which"
-    for claim in path:
-        if claim.state == WAITING:
+    left_out = len(path) - 2 * SPELLED
+    for place, claim in enumerate(path):
+        if left_out > 1 and SPELLED <= place < SPELLED + left_out:
+            if place == SPELLED:
+                text += f" waits for the first of {left_out} more in a row, the last of which"
+        elif claim.state == WAITING:
             text += f" waits for {spell(claim)} asked for by {name_of(claim.owner)}, which"
         else:
             text += f" waits for {spell(claim)} held by {name_of(claim.owner)}, who"

@@ -604,6 +604,21 @@ async def test_reader_passes_a_writer_that_waits_for_it() -> None:
     assert_unused(lock)
 
 
+async def test_a_deadlock_is_not_found_while_another_one_is_handled() -> None:
+    """The request is made a second time after some turns; what comes then has no context."""
+    lock = RegionLock()
+    async with lock.shared(0, 10):
+        with pytest.raises(DeadlockError) as caught:
+            await lock.exclusive(0, 10)
+        assert caught.value.__context__ is None
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            with pytest.raises(anyio.get_cancelled_exc_class()) as cancelled:
+                await lock.exclusive(0, 10)
+            assert not isinstance(cancelled.value.__context__, DeadlockError)
+    assert_unused(lock)
+
+
 async def test_cycle_of_waits() -> None:
     """Of two tasks that want what the other holds the later one gets DeadlockError."""
     lock = RegionLock()

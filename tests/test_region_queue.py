@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -673,6 +674,25 @@ def test_long_cycle_through_readers_and_waiters() -> None:
         queue.add((Claim(5, 6, True, "E"),))
 
 
+def test_a_very_long_cycle_is_named_by_its_ends() -> None:
+    """The message has the waits at both ends of a cycle, and how many it leaves out."""
+    for waiters, left_out in ((9, 0), (10, 2), (3000, 2992)):
+        queue = RegionQueue()
+        held(queue, 0, 1, True, "A")
+        held(queue, 10, 11, True, "B")
+        waiting(queue, 0, 1, True, "B")
+        for n in range(waiters):
+            waiting(queue, 10, 11, True, n)
+        with pytest.raises(DeadlockError) as caught:
+            queue.add((Claim(10, 11, True, "A"),))
+        message = str(caught.value)
+        assert message.count("waits for [") == (10 if left_out else waiters + 2)
+        assert f"by {waiters - 1}, which" in message
+        assert "who waits for [0, 1) exclusive held by 'A'; release first" in message
+        more = f"which waits for the first of {left_out} more in a row, the last of which waits for"
+        assert (more in message) == bool(left_out)
+
+
 def test_cycle_through_two_locks() -> None:
     """Locks that share a graph see the cycles that go through both."""
     graph = WaitGraph()
@@ -819,8 +839,40 @@ def test_the_trie_names_the_buckets_in_a_range(span: int) -> None:
     assert len(size.levels) > 1
     for first in rng.sample(sorted(numbers), 50):
         for width in (0, 1, FAN, 5 * FAN, span // 10, 2 * span):
-            expected = {number for number in numbers if first <= number <= first + width}
-            assert sorted(size.in_use(first, first + width)) == sorted(expected)
+            for low in (first, first + 1):
+                expected = {number for number in numbers if low <= number <= first + width}
+                if low <= first + width:
+                    assert sorted(size.in_use(low, first + width)) == sorted(expected)
+                    assert size.any_in_use(low, first + width) == bool(expected)
+
+
+def test_whether_a_wide_range_is_free_is_found_at_the_first_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing lists the 10 000 pieces in it."""
+    index: RangeIndex[Claim] = RangeIndex()
+    for n in range(10_000):
+        index.add(Claim(n * 8192, n * 8192 + 4096, True))
+    (size,) = index.classes.values()
+    monkeypatch.delattr(type(size), "in_use")
+    assert index.overlaps(0, TIB)
+    assert index.overlaps(4096, 4096 * 9)
+    assert not index.overlaps(8192 * 10_000, TIB)
+    assert not index.overlaps(-TIB, 0)
+
+
+def test_an_index_that_was_large_is_small_again() -> None:
+    """When the last piece of a size goes, so do the tables that 10 000 have filled."""
+    index: RangeIndex[Claim] = RangeIndex()
+    pieces = [Claim(n * 4096, (n + 1) * 4096, True) for n in range(10_000)]
+    for piece in pieces:
+        index.add(piece)
+    for piece in pieces:
+        index.remove(piece)
+    index.add(pieces[0])
+    (size,) = index.classes.values()
+    assert sys.getsizeof(size.buckets) <= sys.getsizeof({0: piece})
+    index.check()
 
 
 def test_wide_search_does_not_try_every_bucket() -> None:

@@ -439,6 +439,22 @@ async def test_slices_from_before_a_refused_split_are_found_at_close(m: AsyncMma
 # One task at a time
 
 
+async def test_whose_a_view_is_comes_before_what_it_may(m: AsyncMmap) -> None:
+    """Closed, or another task's, a read-only view says that first."""
+    async with m.view(0, 10) as v:
+
+        async def use() -> None:
+            for call in (v.as_mut_slice, v.mut_ptr):
+                with pytest.raises(BusyResourceError):
+                    call()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(use)
+    for call in (v.as_mut_slice, v.mut_ptr):
+        with pytest.raises(ClosedResourceError, match="the view is closed"):
+            call()
+
+
 async def test_a_view_belongs_to_its_task(m: AsyncMmap) -> None:
     """Every use of a view by another task is a BusyResourceError, and changes nothing."""
     async with m.view_mut(0, 10) as v:
