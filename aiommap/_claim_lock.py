@@ -241,13 +241,11 @@ class ClaimLock:
 
     def restrict(self, claim: Claim, start: int, stop: int) -> None:
         """Keep ``[start, stop)`` of a held claim and wake those who may have the rest."""
-        for lead in self.queue.restrict(claim, start, stop):
-            lead.links.waiter.wake()  # type: ignore[union-attr]
+        self.wake(self.queue.restrict(claim, start, stop))
 
     def downgrade(self, claim: Claim) -> None:
         """Make a held claim shared and wake the readers who may join."""
-        for lead in self.queue.downgrade(claim):
-            lead.links.waiter.wake()  # type: ignore[union-attr]
+        self.wake(self.queue.downgrade(claim))
 
     def adopt(self, claim: Claim) -> None:
         """Have a held claim belong to the current task."""
@@ -342,8 +340,7 @@ class ClaimLock:
         """
         if self._closed is None:
             self._closed = make_error
-            for lead in self.queue.remove_waiting():
-                lead.links.waiter.wake()  # type: ignore[union-attr]
+            self.wake(self.queue.remove_waiting())
 
     def statistics(self) -> RegionLockStatistics:
         """How many ranges are held, and how many requests wait."""
