@@ -3,9 +3,9 @@
 The waiting is done in ``_claim_lock.py``, the rules are in ``_region_queue.py``.
 
 A lease that is dropped is found by its finalizer, which may run in any thread and in the middle
-of anything, also of the queue's own work: it only posts the release to the event loop. The
-queue must not keep the lease alive for that, hence two objects, the claim that the queue knows
-and the lease that the user has.
+of anything, also of the queue's own work or the event loop's: unless it is a task that lets go of
+it, the release is only posted to the event loop. The queue must not keep the lease alive for that,
+hence two objects, the claim that the queue knows and the lease that the user has.
 """
 
 from __future__ import annotations

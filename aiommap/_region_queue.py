@@ -48,8 +48,8 @@ restriction looks at those who wait, and changes something for those who meet wh
 Between add and release of a range that nobody else wants: a few entries in hash tables, and no
 object besides the claim.
 
-Cancelling a waiting reader costs O(those it waits for). Cancelling a waiting writer costs O(what
-it hid + those behind, each with what it meets of that): each of those behind has to wait for every
+Cancelling a waiting reader costs O(those it waits for + those behind), a waiting writer O(what it
+hid + those behind, each with what it meets of that): each of those behind has to wait for every
 conflicting claim by itself from then on. That is a sum where writers queue on one range, and a
 product where a wide writer has both many narrow exclusive holds before and many wide requests
 behind it: 1 000 and 1 000 are a million waits, 0.7 s; 2 000 and 2 000 are four times as much.
