@@ -15,8 +15,10 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from inspect import CO_COROUTINE
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, ref
 
 from anyio import WouldBlock
 
@@ -34,9 +36,18 @@ _TURNS_FOR_A_HEIR = 2
 """Turns of the event loop after which a task that was just started has run: a task of the first
 turn may run before it (trio draws lots)."""
 
-_graph = WaitGraph()
-"""One for all locks, so that cycles through several locks are found. A claim is in it only
-while somebody waits for it; tasks of different event loops never meet in it."""
+_graphs: WeakKeyDictionary[Any, ref[WaitGraph]] = WeakKeyDictionary()
+"""One graph for all locks of an event loop, so that cycles through several locks are found. The
+locks keep it. It leads to tasks that wait and so to the loop, which nothing here may keep."""
+
+
+def _graph_of(loop: EventLoop) -> WaitGraph:
+    known = _graphs.get(loop.itself)
+    graph = None if known is None else known()
+    if graph is None:
+        graph = WaitGraph()
+        _graphs[loop.itself] = ref(graph)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -60,19 +71,34 @@ def _who_asks() -> object:
     return current_event_loop().asking_task()
 
 
-_QUEUE = frozenset(
+_NOT_WITHIN = frozenset(
     f"{__package__}.{name}"
-    for name in ("_claim_lock", "_frontier", "_range_index", "_region_queue", "_wait_graph")
-)
+    for name in (
+        "_claim_lock",
+        "_event_loop",
+        "_frontier",
+        "_range_index",
+        "_region_queue",
+        "_wait_graph",
+    )
+) | {"trio._core._run"}
 
 
 def _is_interrupted() -> bool:
-    """Whether a finalizer that came here runs in the middle of the queue's work."""
+    """
+    Whether a finalizer that came here runs in the middle of the queue's work, or of what trio
+    does for a task that calls it: its cancel() would find a task woken that it is about to wake.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals is globals():
-        frame = frame.f_back  # on the way here; the finalizer is in another module
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _QUEUE:
+        # On the way here. The finalizer is in another module, or the one coroutine of this one
+        # that is being closed.
+        is_closed = frame.f_code.co_flags & CO_COROUTINE
+        frame = frame.f_back
+        if is_closed:
+            break
+    while frame is not None and frame.f_code.co_name != "unrolled_run":  # which steps trio's tasks
+        if frame.f_globals.get("__name__") in _NOT_WITHIN:
             return True
         frame = frame.f_back
     return False
@@ -124,7 +150,7 @@ class ClaimLock:
 
     def __init__(self, *, fast_acquire: bool = False, known_as: str = "region lock") -> None:
         self._known_as = known_as
-        self.queue: RegionQueue = RegionQueue(_graph)
+        self.queue: RegionQueue = RegionQueue()
         self.fast_acquire: bool = fast_acquire
         self._loop: EventLoop | None = None
         self._closed: Callable[[], BaseException] | None = None
@@ -177,7 +203,7 @@ class ClaimLock:
         """
         claim = Claim(start, stop, exclusive, self.check_entry())
         if not self.queue.add_if_free(claim):
-            self._release_abandoned()
+            self.release_abandoned()
             if not self.queue.would_grant((claim,)):
                 raise WouldBlock
             self.queue.add((claim,))
@@ -210,18 +236,16 @@ class ClaimLock:
             lead.links.waiter.wake()  # type: ignore[union-attr]
 
     def split(self, claim: Claim, at: int) -> tuple[Claim, Claim]:
-        """Cut a held claim in two, ``start <= at <= stop``; the claim itself is gone."""
+        """Cut a held claim in two, ``start <= at <= stop``; the claim is one of them then."""
         return self.queue.split(claim, at)
 
     def restrict(self, claim: Claim, start: int, stop: int) -> None:
         """Keep ``[start, stop)`` of a held claim and wake those who may have the rest."""
-        for lead in self.queue.restrict(claim, start, stop):
-            lead.links.waiter.wake()  # type: ignore[union-attr]
+        self.wake(self.queue.restrict(claim, start, stop))
 
     def downgrade(self, claim: Claim) -> None:
         """Make a held claim shared and wake the readers who may join."""
-        for lead in self.queue.downgrade(claim):
-            lead.links.waiter.wake()  # type: ignore[union-attr]
+        self.wake(self.queue.downgrade(claim))
 
     def adopt(self, claim: Claim) -> None:
         """Have a held claim belong to the current task."""
@@ -255,10 +279,11 @@ class ClaimLock:
         """
         if self._loop is not None:
             self._abandoned.append((claim, release or self.release))
-            if not self._loop.post(self._release_abandoned):
+            if not self._loop.post(self.release_abandoned):
                 self._abandoned.clear()  # with the loop
 
-    def _release_abandoned(self) -> None:
+    def release_abandoned(self) -> None:
+        """Release now what :meth:`abandon` was given. In the loop."""
         while self._abandoned:
             claim, release = self._abandoned.popleft()
             if claim.state in (WAITING, HELD):
@@ -267,11 +292,11 @@ class ClaimLock:
     def drop(self, claim: Claim, release: Callable[[Claim], object] | None = None) -> None:
         """
         Release a claim whose holder was dropped, for finalizers: at once if that is safe, which
-        it is where the last reference went in the loop's thread, else :meth:`abandon` it.
+        it is where the last reference went in a task of the loop, else :meth:`abandon` it.
         """
         if self.is_safe_here():
             self._abandoned.append((claim, release or self.release))
-            self._release_abandoned()
+            self.release_abandoned()
         else:
             self.abandon(claim, release)
 
@@ -279,23 +304,27 @@ class ClaimLock:
         """
         Whether a finalizer may use the lock now.
 
-        The garbage collector runs finalizers in any thread and in the middle of anything, also of
-        the queue's own work, which must not find another piece gone than it put there.
+        The garbage collector runs finalizers in any thread and in the middle of anything: of the
+        queue's own work, which must not find another piece gone than it put there, or of the
+        event loop's. A task that is woken between two steps is overlooked where asyncio has made
+        out already how long it may sleep, or trio has listed the tasks that are to run.
         """
-        return self._is_running_here() and not _is_interrupted()
+        if not self._is_running_here() or _is_interrupted():
+            return False
+        try:
+            return self._task_here() is not None
+        except RuntimeError:  # trio, between its tasks
+            return False
 
     def leave(self, claim: Claim, reason: type[BaseException] | None) -> None:
         """
         Release a claim at the end of a block, or while an exception passes.
 
         GeneratorExit may come from the garbage collector, which closes the coroutines of
-        tasks that were forgotten, in the middle of anything: then the release is posted. Only
-        the task itself (it closes an async generator) knows that it is not in the queue.
+        tasks that were forgotten, as from a task that closes an async generator: :meth:`drop`.
         """
-        if reason is GeneratorExit and not (
-            self._is_running_here() and claim.owner is self._current_task()
-        ):
-            self.abandon(claim)
+        if reason is GeneratorExit:
+            self.drop(claim)
         else:
             self.release(claim)
 
@@ -311,8 +340,7 @@ class ClaimLock:
         """
         if self._closed is None:
             self._closed = make_error
-            for lead in self.queue.remove_waiting():
-                lead.links.waiter.wake()  # type: ignore[union-attr]
+            self.wake(self.queue.remove_waiting())
 
     def statistics(self) -> RegionLockStatistics:
         """How many ranges are held, and how many requests wait."""
@@ -373,10 +401,12 @@ class ClaimLock:
     async def wait_for(self, claims: Sequence[Claim]) -> None:
         """Grant a request or wait until it is granted; cancelled, it leaves no trace."""
         lead = claims[0]
-        self._release_abandoned()
+        self.release_abandoned()
         try:
-            granted = self.queue.add(claims)
+            granted: bool | None = self.queue.add(claims)
         except DeadlockError:
+            granted = None  # what is met below has nothing to do with this error
+        if granted is None:
             granted = await self._add_after_heirs(claims)
         if granted:
             if self.must_yield():
@@ -407,12 +437,13 @@ class ClaimLock:
             await self.checkpoint()
         if self._closed is not None:
             raise self._closed()
-        self._release_abandoned()
+        self.release_abandoned()
         return self.queue.add(claims)
 
     def _bind(self) -> bool:
         loop = current_event_loop()
         self._loop = loop
+        self.queue.graph = _graph_of(loop)
         self._current_task = loop.current_task
         self._task_here = loop.task_here
         self.asking_task = loop.asking_task

@@ -50,6 +50,9 @@ class EventLoop(Protocol):
 
     name: str
 
+    itself: Any
+    """The loop, or trio's token for it: one for each loop, to be told apart by."""
+
     would_block: type[Exception]
     """What a limiter without tokens raises: not anyio's own on trio (anyio 4.16)."""
 
@@ -118,12 +121,12 @@ _running_loop = asyncio._get_running_loop  # looked up once: it is on the path o
 class AsyncioLoop:
     """asyncio, with any loop (uvloop) and any task factory (eager tasks)."""
 
-    __slots__ = ("_loop", "asking_task", "checkpoint", "current_task", "task_here")
+    __slots__ = ("asking_task", "checkpoint", "current_task", "itself", "task_here")
     name = "asyncio"
     would_block: type[Exception] = anyio.WouldBlock
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.itself: asyncio.AbstractEventLoop = loop
         # Bound once: they are on the path of every access.
         self.checkpoint = _bare_yield
         self.current_task = self.asking_task = asyncio.current_task
@@ -131,7 +134,7 @@ class AsyncioLoop:
         self.task_here = partial(asyncio.current_task, loop)
 
     def is_running_here(self) -> bool:
-        return _running_loop() is self._loop
+        return _running_loop() is self.itself
 
     def is_around(self, task: Any, awaitable: object) -> bool:
         # What ensure_future() makes, and with it gather(), and wait_for() before Python 3.12: a
@@ -147,11 +150,11 @@ class AsyncioLoop:
         return ended
 
     def parking(self) -> Parking:
-        return _AsyncioParking(self._loop)
+        return _AsyncioParking(self.itself)
 
     def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
         try:
-            self._loop.call_soon_threadsafe(callback, *args)
+            self.itself.call_soon_threadsafe(callback, *args)
         except RuntimeError:  # the loop is closed
             return False
         return True
@@ -192,16 +195,16 @@ class TrioLoop:
         "__weakref__",
         "_current_token",
         "_run_finished",
-        "_token",
         "checkpoint",
         "current_task",
+        "itself",
         "task_here",
         "would_block",
     )
     name = "trio"
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
-        self._token = token
+        self.itself: trio.lowlevel.TrioToken = token
         self.would_block: type[Exception] = _trio().WouldBlock
         # Not looked up when needed: that may be at the end of the interpreter.
         self._run_finished: type[Exception] = _trio().RunFinishedError
@@ -213,7 +216,7 @@ class TrioLoop:
 
     def is_running_here(self) -> bool:
         try:
-            return self._current_token() is self._token
+            return self._current_token() is self.itself
         except RuntimeError:  # no trio in this thread
             return False
 
@@ -236,7 +239,7 @@ class TrioLoop:
 
     def post(self, callback: Callable[[*Args], object], *args: *Args) -> bool:
         try:
-            self._token.run_sync_soon(callback, *args)
+            self.itself.run_sync_soon(callback, *args)
         except (self._run_finished, OSError):  # the latter where a guest run was abandoned
             return False
         return True

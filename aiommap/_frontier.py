@@ -59,6 +59,34 @@ class Frontier:
         for start, stop in parts:
             self._show(claim, start, stop)
 
+    def _keep_visible(self, claim: Claim, start: int, stop: int) -> list[Range]:
+        """
+        Have the claim be ``[start, stop)`` of what it was, and take the rest of it off the
+        frontier. :return: the ranges of that
+        """
+        index = self._index(claim)
+        cuts = None if claim.links is None else claim.links.cuts
+        touched = [p for p in _pieces_of(claim) if p.start < start or p.stop > stop]
+        ranges = [(piece.start, piece.stop) for piece in touched]
+        for piece in touched:
+            index.remove(piece)
+            if cuts is not None:
+                del cuts[0][piece.start], cuts[1][piece.stop]
+        claim.start = start
+        claim.stop = stop
+        if cuts is None:
+            if touched and start < stop:
+                index.add(claim)
+        else:
+            for kept in clip(ranges, start, stop):
+                self._put_cut(claim, *kept)
+            cut = cuts[0].get(start)
+            if cut is not None and cut.stop == stop:
+                index.remove(cut)
+                self._links(claim).cuts = None
+                index.add(claim)
+        return [part for low, high in ranges for part in outside(low, high, [(start, stop)])]
+
     def _hide(self, piece: Piece, later: Claim) -> Range:
         """Take what ``later`` covers of a piece off the frontier. :return: that range"""
         claim = piece.claim

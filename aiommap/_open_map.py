@@ -344,9 +344,10 @@ class OpenMap:
 
     def forget(self, claim: Claim) -> None:
         """A view was dropped without being closed; from any thread, at any moment."""
-        self.lock.drop(claim, self._leave_forgotten)
+        self.lock.drop(claim, self.leave_forgotten)
 
-    def _leave_forgotten(self, claim: Claim) -> None:
+    def leave_forgotten(self, claim: Claim) -> None:
+        """As :meth:`leave`, for :meth:`forget` when it is safe."""
         self.leave(claim)
         self.let_go_soon()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 Range = tuple[int, int]
 
@@ -26,6 +27,12 @@ def outside(start: int, stop: int, ranges: Iterable[Range]) -> list[Range]:
     if start < stop:
         result.append((start, stop))
     return result
+
+
+def meets(ranges: Sequence[Range], start: int, stop: int) -> bool:
+    """Whether one of the ranges, sorted and apart, overlaps ``[start, stop)``."""
+    place = bisect_left(ranges, (stop,))
+    return start < stop and place > 0 and ranges[place - 1][1] > start
 
 
 def union(ranges: Iterable[Range]) -> list[Range]:

@@ -3,9 +3,9 @@
 The waiting is done in ``_claim_lock.py``, the rules are in ``_region_queue.py``.
 
 A lease that is dropped is found by its finalizer, which may run in any thread and in the middle
-of anything, also of the queue's own work: it only posts the release to the event loop. The
-queue must not keep the lease alive for that, hence two objects, the claim that the queue knows
-and the lease that the user has.
+of anything, also of the queue's own work or the event loop's: unless it is a task that lets go of
+it, the release is only posted to the event loop. The queue must not keep the lease alive for that,
+hence two objects, the claim that the queue knows and the lease that the user has.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class RegionLease(Uncopyable):
         """
         Free the range and wake those who may have it now.
 
-        Not a checkpoint. O(log n + those who wait directly).
+        Not a checkpoint. O(log n + those who wait directly). Not for finalizers, nor for whatever
+        else the garbage collector may run in the middle of anything: drop the lease there, which
+        frees it when that is safe.
 
         :raises RuntimeError: if the lease has ended already: released, split, or left by its
             ``async with`` block; or in another thread or event loop than the lock's
@@ -70,7 +72,11 @@ class RegionLease(Uncopyable):
         self._lock.check_thread()
         claim = self._held()
         self._claim = None
-        self._lock.release(claim)
+        lock = self._lock
+        if lock.queue.busy:  # from a finalizer all the same
+            lock.drop(claim)
+        else:
+            lock.release(claim)
 
     def split_at(self, n: SupportsIndex) -> tuple[RegionLease, RegionLease]:
         """

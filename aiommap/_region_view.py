@@ -221,8 +221,9 @@ class RegionView(Uncopyable):
 
         :raises PermissionError: the view is read-only
         """
+        address = self.ptr()
         self._check_writable()
-        return self.ptr()
+        return address
 
     # Flushes
 

@@ -30,7 +30,8 @@ class MmapViewSync(View):
     def __init__(
         self, core: OpenMap, claim: Claim, offset: int, length: int, writable: bool
     ) -> None:
-        self._handles = [1]  # how many handles the claim has, shared by them
+        # How many handles the claim has, shared by them; counted in the map's event loop alone.
+        self._handles = [1]
         self._turn = anyio.Lock()
         super().__init__(core, claim, offset, length, None, writable)
 
@@ -49,7 +50,9 @@ class MmapViewSync(View):
         return MmapViewSync(self._core, claim, offset, length, self._writable)
 
     def _check_alone(self, what: str) -> None:
-        self._use()
+        self._use_in_loop()
+        if self._handles[0] > 1:
+            self._core.lock.release_abandoned()  # clones that were dropped
         if self._handles[0] > 1:
             raise BufferError(
                 f"cannot {what} while {self._handles[0] - 1} clones of it are open: close them "
@@ -83,17 +86,18 @@ class MmapViewSync(View):
         super().downgrade()
 
     def _leave(self, claim: Claim) -> None:
-        if self._handles[0] == 1:
+        if not _leave_to_others(self._core, self._handles):
             super()._leave(claim)
-        else:
-            self._handles[0] -= 1
-            self._core.views -= 1  # the others keep the region
 
     def _leave_soon(self, claim: Claim) -> None:
-        if self._handles[0] == 1:
-            super()._leave_soon(claim)
-        else:
-            self._leave(claim)
+        core, handles = self._core, self._handles  # not the view: it is gone by then
+
+        def leave(claim: Claim) -> None:
+            if not _leave_to_others(core, handles):
+                core.leave_forgotten(claim)
+
+        # Two threads may drop the last two at the same time.
+        core.lock.drop(claim, leave)
 
     # One call at a time moves the cursor: each sees it where the one before has left it.
 
@@ -121,3 +125,12 @@ class MmapViewSync(View):
         self._use_in_loop()
         async with self._turn:
             return await super().write(data)
+
+
+def _leave_to_others(core: OpenMap, handles: list[int]) -> bool:
+    """A handle is gone; whether others keep the region."""
+    if handles[0] == 1:
+        return False
+    handles[0] -= 1
+    core.views -= 1
+    return True

@@ -25,6 +25,10 @@ NEW, WAITING, HELD, GONE = range(4)
 """The states of a claim, in the order it goes through them."""
 
 
+SPELLED = 5
+"""How many of a long cycle's waits a message has from each end. Out of the air."""
+
+
 class Cut:
     """A part of a claim's range, where later claims hide the rest of it."""
 
@@ -122,7 +126,7 @@ class WaitGraph:
     Locks that share a graph see the cycles that go through several of them.
     """
 
-    __slots__ = ("_contended", "_waiting")
+    __slots__ = ("__weakref__", "_contended", "_waiting")
 
     def __init__(self) -> None:
         self._waiting: dict[object, dict[Claim, None]] = {}
@@ -143,10 +147,6 @@ class WaitGraph:
     def is_unwanted(self, claim: Claim) -> None:
         """Nobody waits for it any more, or it is not held any more."""
         _take(self._contended, claim)
-
-    def wanted_holds(self, owner: object) -> Iterable[Claim]:
-        """What the owner holds that others wait for, in every lock."""
-        return self._contended.get(owner, ())
 
     def find_cycle(self, owner: object, blockers: Sequence[Claim]) -> list[Claim] | None:
         """
@@ -181,8 +181,9 @@ class WaitGraph:
                 if claim.owner is owner:
                     step: Claim | None = claim
                     while step is not None:
-                        path.insert(0, step)
+                        path.append(step)
                         step = came_from[step]
+                    path.reverse()
                     return
                 waiting = self._waiting.get(claim.owner, ())
             for lead in waiting:
@@ -212,6 +213,10 @@ class WaitGraph:
                 todo += lead.parts
                 todo += self._contended.get(lead.owner, ())
 
+    def wanted(self, queue: object) -> dict[object, set[Claim]]:
+        """By owner, the holds in a queue that others wait for. For tests: O(n)."""
+        return _of(queue, self._contended)
+
     def check(self, queue: object, claims: Iterable[Claim]) -> None:
         """Assert that the graph says the truth about a queue's claims. For tests: O(n)."""
         waiting: dict[object, set[Claim]] = {}
@@ -224,7 +229,7 @@ class WaitGraph:
             elif claim.waited_by:
                 contended.setdefault(claim.owner, set()).add(claim)
         assert _of(queue, self._waiting) == waiting
-        assert _of(queue, self._contended) == contended
+        assert self.wanted(queue) == contended
 
 
 def _put(table: dict[object, dict[Claim, None]], claim: Claim) -> None:
@@ -251,8 +256,12 @@ def _of(queue: object, table: dict[object, dict[Claim, None]]) -> dict[object, s
 def spell_cycle(asked: Sequence[Claim], path: Sequence[Claim]) -> str:
     """The message for a request that closes a cycle of waits."""
     text = f"deadlock: {name_of(asked[0].owner)} asks for {' and '.join(map(spell, asked))}, which"
-    for claim in path:
-        if claim.state == WAITING:
+    left_out = len(path) - 2 * SPELLED
+    for place, claim in enumerate(path):
+        if left_out > 1 and SPELLED <= place < SPELLED + left_out:
+            if place == SPELLED:
+                text += f" waits for the first of {left_out} more in a row, the last of which"
+        elif claim.state == WAITING:
             text += f" waits for {spell(claim)} asked for by {name_of(claim.owner)}, which"
         else:
             text += f" waits for {spell(claim)} held by {name_of(claim.owner)}, who"

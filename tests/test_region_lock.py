@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import operator
+import sys
 import threading
 import types
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import suppress
 from typing import Any, cast
@@ -21,6 +24,9 @@ from aiommap import DeadlockError, RegionLease, RegionLock, RegionLockStatistics
 from aiommap._claim_lock import GRANTS_PER_YIELD, ClaimLock
 from aiommap._event_loop import Parking
 from aiommap._region_lock import RegionRequest
+from aiommap._wait_graph import HELD, Claim
+
+from .between_steps import between_steps
 
 pytestmark = pytest.mark.anyio
 
@@ -598,6 +604,21 @@ async def test_reader_passes_a_writer_that_waits_for_it() -> None:
     assert_unused(lock)
 
 
+async def test_a_deadlock_is_not_found_while_another_one_is_handled() -> None:
+    """The request is made a second time after some turns; what comes then has no context."""
+    lock = RegionLock()
+    async with lock.shared(0, 10):
+        with pytest.raises(DeadlockError) as caught:
+            await lock.exclusive(0, 10)
+        assert caught.value.__context__ is None
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            with pytest.raises(anyio.get_cancelled_exc_class()) as cancelled:
+                await lock.exclusive(0, 10)
+            assert not isinstance(cancelled.value.__context__, DeadlockError)
+    assert_unused(lock)
+
+
 async def test_cycle_of_waits() -> None:
     """Of two tasks that want what the other holds the later one gets DeadlockError."""
     lock = RegionLock()
@@ -743,6 +764,53 @@ async def test_dropped_lease_is_freed_with_a_warning() -> None:
             del lease
             gc.collect()
     assert record == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_a_lease_dropped_between_two_steps_of_the_loop() -> None:
+    """It is released in the loop's next turn: who is woken between the steps is overlooked."""
+    lock = RegionLock()
+    record: Record = []
+    leave = anyio.Event()
+    leave.set()
+    leases = [await lock.exclusive(0, 10)]
+    waiting: list[int] = []
+
+    def drop() -> None:
+        with pytest.warns(ResourceWarning, match="dropped without being released"):
+            leases.clear()
+        waiting.append(lock.statistics().waiting)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(hold, lock.exclusive(5, 6), "next", record, leave)
+        await queued(lock, 1)
+        await between_steps(drop)
+        assert waiting == [1]
+    assert record == ["next", "-next"]
+    assert_unused(lock)
+
+
+async def test_a_lease_dropped_while_trio_cancels_who_waits_for_it(backend_name: str) -> None:
+    """trio does not find a task woken that it is about to wake itself."""
+    if backend_name != "trio":
+        pytest.skip("asyncio's cancellations are not written in Python")
+    lock = RegionLock()
+    leases = [await lock.exclusive(0, 10)]
+
+    def collect(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == "_attempt_abort":
+            leases.clear()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(lock.exclusive(5, 6).__aenter__)
+        await queued(lock, 1)
+        with pytest.warns(ResourceWarning, match="dropped without being released"):
+            sys.setprofile(collect)
+            try:
+                tg.cancel_scope.cancel()
+            finally:
+                sys.setprofile(None)
+    await until(lambda: lock.statistics().held_exclusive == 0)
     assert_unused(lock)
 
 
@@ -959,6 +1027,68 @@ async def test_forgotten_coroutine_frees_its_region(where: str) -> None:
     assert_unused(lock)
 
 
+@pytest.mark.parametrize("where", ["block", "wait"])
+async def test_forgotten_coroutine_that_is_closed_between_two_steps(where: str) -> None:
+    """Its region is freed as well, in the loop's next turn."""
+    lock = RegionLock(fast_acquire=True)
+
+    async def body() -> None:
+        async with lock.exclusive(0, 1):
+            await suspend()
+
+    lease = await lock.exclusive(0, 1) if where == "wait" else None
+    if lease is not None:
+        lock._claims.disown(cast(Any, lease._claim))
+    coroutine = body()
+    coroutine.send(None)
+    asked: list[int] = []
+
+    def close() -> None:
+        coroutine.close()
+        now = lock.statistics()
+        asked.append(now.held_exclusive + now.waiting)
+
+    await between_steps(close)
+    assert asked == [1 if lease is None else 2]
+    await queued(lock, 0)
+    if lease is not None:
+        lease.release()
+    await until(lambda: lock.statistics().held_exclusive == 0)
+    assert_unused(lock)
+
+
+async def test_forgotten_waiter_that_is_closed_in_the_middle_of_a_request() -> None:
+    """Where the lock's own code is interrupted, nobody leaves before that is done."""
+    lock = RegionLock(fast_acquire=True)
+    lease = await lock.exclusive(0, 1)
+    lock._claims.disown(cast(Any, lease._claim))
+
+    async def body() -> None:
+        await lock.exclusive(0, 1)
+
+    coroutine = body()
+    coroutine.send(None)
+    loop: Any = lock._claims._loop
+    waiting: list[int] = []
+    # As the collector comes, without a frame between the request's and the waiter's.
+    steps = coroutine.close, lambda: waiting.append(lock.statistics().waiting), loop.parking
+    parking = filter(None, map(operator.call, steps))
+    cast(Any, lock._claims)._loop = types.SimpleNamespace(parking=parking.__next__, post=loop.post)
+
+    async with anyio.create_task_group() as tg:
+
+        async def ask() -> None:
+            (await lock.exclusive(0, 1)).release()
+
+        tg.start_soon(ask)
+        await until(lambda: bool(waiting))
+        lock._claims._loop = loop
+        assert waiting == [2]
+        await queued(lock, 1)
+        lease.release()
+    assert_unused(lock)
+
+
 async def test_async_generator_frees_its_region_when_closed() -> None:
     """aclose() of an async generator inside a block frees the region before it returns."""
     lock = RegionLock()
@@ -972,6 +1102,90 @@ async def test_async_generator_frees_its_region_when_closed() -> None:
     await cast(Any, generator).aclose()
     lock.exclusive_nowait(0, 1).release()
     assert_unused(lock)
+
+
+class Woken:
+    """Stands for a task that waits."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def wake(self) -> None:
+        self.times += 1
+
+
+def split(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    return list(lease.split_at(5))
+
+
+def restrict(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    lease.restrict(2, 4)
+    return [lease]
+
+
+def downgrade(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    lease.downgrade()
+    return [lease]
+
+
+def release(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    lease.release()
+    return []
+
+
+def ask_again(lock: RegionLock, lease: RegionLease) -> list[RegionLease]:
+    return [lease, *([] if lease.exclusive else [lock.shared_nowait(3, 6)])]
+
+
+@pytest.mark.parametrize("do", [split, restrict, downgrade, release, ask_again])
+async def test_a_lease_that_a_finalizer_releases_in_the_middle_of_the_queues_work(
+    do: Callable[[RegionLock, RegionLease], list[RegionLease]],
+) -> None:
+    """At whichever line it comes, the work goes on as if it had come afterwards."""
+
+    lines = at = 0
+
+    def collect(frame: types.FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        queue = frame.f_globals["__name__"] in ("aiommap._region_queue", "aiommap._frontier")
+        if queue and event == "line":
+            lines += 1
+            if lines == at:
+                sys.settrace(None)
+                other.release()
+        return collect if queue or frame.f_code.co_filename != __file__ else None
+
+    while lines >= at:
+        at += 1
+        lines = 0
+        lock = RegionLock()
+        hold = lock.exclusive_nowait(0, 5) if do is downgrade else lock.shared_nowait(0, 10)
+        other = lock.shared_nowait(5 if do is downgrade else 1, 11)
+        tasks = []
+        for n in range(6):
+            claim = Claim(n, n + 5, n % 2 == 0, n)
+            assert not lock._claims.queue.add((claim,))
+            assert claim.links is not None
+            claim.links.waiter = Woken()
+            tasks.append(claim)
+        sys.settrace(collect)
+        try:
+            left = do(lock, hold)
+        finally:
+            sys.settrace(None)
+        if lines < at:
+            other.release()
+        lock._claims.release_abandoned()
+        lock._claims.queue._check()
+        for lease in left:
+            lease.release()
+        for claim in tasks:
+            assert claim.state == HELD
+            assert claim.links is not None
+            assert claim.links.waiter.times == 1
+            lock._claims.release(claim)
+        assert_unused(lock)
+    assert at > 20
 
 
 # Loops and threads
@@ -1016,6 +1230,41 @@ async def test_lock_made_outside_a_loop(anyio_backend: tuple[str, dict[str, Any]
     lock = await anyio.to_thread.run_sync(RegionLock)
     await use(lock)
     assert_unused(lock)
+
+
+def test_a_loop_that_ends_with_waiters_is_let_go(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """Nothing keeps the locks, tasks and loop of a program that stopped in the middle."""
+    name, options = anyio_backend
+    if name != "asyncio":
+        pytest.skip("trio's loop ends with its tasks")
+    if "use_uvloop" in options:
+        uvloop = pytest.importorskip("uvloop")
+        make = uvloop.new_event_loop
+    else:
+        make = options.get("loop_factory", asyncio.new_event_loop)
+
+    def stop_in_the_middle() -> list[weakref.ref[object]]:
+        lock, other = RegionLock(), RegionLock()
+
+        async def main() -> None:
+            tasks = [asyncio.ensure_future(use(lock)) for lock in (lock, other) for _ in range(2)]
+            await queued(lock, 1)
+            await queued(other, 1)
+            assert lock._claims.queue.graph is other._claims.queue.graph
+            assert set(lock._claims.queue.graph._waiting) == {tasks[1], tasks[3]}
+
+        async def use(lock: RegionLock) -> None:
+            async with lock.exclusive(0, 1):
+                await anyio.sleep_forever()
+
+        loop = make()
+        loop.run_until_complete(main())
+        loop.close()
+        return [weakref.ref(each) for each in (lock, other, loop)]
+
+    refs = stop_in_the_middle()
+    gc.collect()
+    assert [each() for each in refs] == [None, None, None]
 
 
 # The lock of claims

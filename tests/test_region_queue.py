@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aiommap import _region_queue
 from aiommap._errors import DeadlockError
 from aiommap._range_index import FAN, FEW, RangeIndex
 from aiommap._range_sets import clip, outside, union
-from aiommap._region_queue import RegionQueue, claims_for
+from aiommap._region_queue import RegionQueue, claims_for, overlap
 from aiommap._wait_graph import GONE, HELD, WAITING, Claim, WaitGraph
 
 TIB = 2**40
@@ -536,6 +538,91 @@ def test_narrow_writers_under_wide_readers() -> None:
     assert queue.links <= 500 + 500
 
 
+class CountingRanges(Counting):
+    """Counts the ranges that it shows, and those in what waits note of the claims they hide."""
+
+    shown = 0
+
+    def _show(self, claim: Claim, start: int, stop: int) -> None:
+        self.shown += 1
+        super()._show(claim, start, stop)
+
+    def _visible(self, claim: Claim) -> list[tuple[int, int]]:
+        visible = super()._visible(claim)
+        self.shown += len(visible)
+        return visible
+
+
+def test_a_task_that_holds_much_shared_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more byte meets one of its 1 000 holds, all of them again meet each once."""
+    looks = 0
+
+    def counting_clip(ranges: Iterable[tuple[int, int]], start: int, stop: int) -> Any:
+        nonlocal looks
+        ranges = list(ranges)
+        looks += len(ranges)
+        return clip(ranges, start, stop)
+
+    def counting_overlap(one: Any, other: Any) -> bool:
+        nonlocal looks
+        looks += 1
+        return overlap(one, other)
+
+    monkeypatch.setattr(_region_queue, "clip", counting_clip)
+    monkeypatch.setattr(_region_queue, "overlap", counting_overlap)
+    graph = WaitGraph()
+    queue, other = CountingRanges(graph), CountingRanges(graph)
+    for lock in (queue, other):
+        for n in range(1000):
+            held(lock, n, n + 1, False, "A")
+        waiting(lock, 0, 1000, True, "B" if lock is queue else "C")
+    queue.links = queue.shown = looks = 0
+    again = held(queue, 500, 501, False, "A")
+    assert (queue.links, queue.shown) == (1, 0)
+    assert looks == 1
+    queue.remove(again)
+    wide = held(queue, 0, 1000, False, "A")
+    assert queue.links == 1001
+    assert looks <= 1002
+    assert all(len(later.links.waits_for[wide]) == 1 for later in wide.waited_by if later.links)
+    held(queue, 500, 501, False, "A")
+    assert looks <= 1003
+    queue._check()
+
+
+def test_a_sliver_that_is_cut_off_concerns_those_who_meet_it() -> None:
+    """Of 1 000 writers who wait, each for a byte of its own, a cut of one byte looks at one."""
+    for at in (10, 990):
+        queue = CountingRanges()
+        rest = held(queue, 0, 1000, False)
+        for n in range(0, 1000, 2):
+            waiting(queue, n, n + 1, True)
+        queue.links = queue.shown = 0
+        left, right = queue.split(rest, at)
+        assert queue.links == 5
+        assert queue.shown <= 6
+        queue._check()
+        kept = max(left, right, key=lambda half: half.stop - half.start)
+        queue.links = queue.shown = 0
+        assert len(queue.restrict(kept, kept.start + 1, kept.stop)) == 1
+        assert (queue.links, queue.shown) == (0, 0)
+        queue._check()
+
+
+def test_what_cancelled_writers_hid_is_counted_once_when_a_hold_is_cut() -> None:
+    """Who hides all of a hold, and hid it piece by piece, hides each half as one range."""
+    queue = RegionQueue()
+    hold = held(queue, 0, 1000, False)
+    writers = [waiting(queue, n, n + 1, True) for n in range(0, 1000, 2)]
+    last = waiting(queue, 0, 1000, True)
+    for writer in writers:
+        queue.remove(writer)
+    left, right = queue.split(hold, 400)
+    assert last.links is not None
+    assert last.links.waits_for == {left: [(0, 400)], right: [(400, 1000)]}
+    queue._check()
+
+
 def test_cancelled_writers_leave_a_reader_whole() -> None:
     """10 000 writers who give up do not leave the reader they waited for in 10 000 pieces."""
     queue = RegionQueue()
@@ -585,6 +672,25 @@ def test_long_cycle_through_readers_and_waiters() -> None:
         DeadlockError, match=r"asked for by 'someone', which waits for .* who waits for"
     ):
         queue.add((Claim(5, 6, True, "E"),))
+
+
+def test_a_very_long_cycle_is_named_by_its_ends() -> None:
+    """The message has the waits at both ends of a cycle, and how many it leaves out."""
+    for waiters, left_out in ((9, 0), (10, 2), (3000, 2992)):
+        queue = RegionQueue()
+        held(queue, 0, 1, True, "A")
+        held(queue, 10, 11, True, "B")
+        waiting(queue, 0, 1, True, "B")
+        for n in range(waiters):
+            waiting(queue, 10, 11, True, n)
+        with pytest.raises(DeadlockError) as caught:
+            queue.add((Claim(10, 11, True, "A"),))
+        message = str(caught.value)
+        assert message.count("waits for [") == (10 if left_out else waiters + 2)
+        assert f"by {waiters - 1}, which" in message
+        assert "who waits for [0, 1) exclusive held by 'A'; release first" in message
+        more = f"which waits for the first of {left_out} more in a row, the last of which waits for"
+        assert (more in message) == bool(left_out)
 
 
 def test_cycle_through_two_locks() -> None:
@@ -733,8 +839,40 @@ def test_the_trie_names_the_buckets_in_a_range(span: int) -> None:
     assert len(size.levels) > 1
     for first in rng.sample(sorted(numbers), 50):
         for width in (0, 1, FAN, 5 * FAN, span // 10, 2 * span):
-            expected = {number for number in numbers if first <= number <= first + width}
-            assert sorted(size.in_use(first, first + width)) == sorted(expected)
+            for low in (first, first + 1):
+                expected = {number for number in numbers if low <= number <= first + width}
+                if low <= first + width:
+                    assert sorted(size.in_use(low, first + width)) == sorted(expected)
+                    assert size.any_in_use(low, first + width) == bool(expected)
+
+
+def test_whether_a_wide_range_is_free_is_found_at_the_first_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing lists the 10 000 pieces in it."""
+    index: RangeIndex[Claim] = RangeIndex()
+    for n in range(10_000):
+        index.add(Claim(n * 8192, n * 8192 + 4096, True))
+    (size,) = index.classes.values()
+    monkeypatch.delattr(type(size), "in_use")
+    assert index.overlaps(0, TIB)
+    assert index.overlaps(4096, 4096 * 9)
+    assert not index.overlaps(8192 * 10_000, TIB)
+    assert not index.overlaps(-TIB, 0)
+
+
+def test_an_index_that_was_large_is_small_again() -> None:
+    """When the last piece of a size goes, so do the tables that 10 000 have filled."""
+    index: RangeIndex[Claim] = RangeIndex()
+    pieces = [Claim(n * 4096, (n + 1) * 4096, True) for n in range(10_000)]
+    for piece in pieces:
+        index.add(piece)
+    for piece in pieces:
+        index.remove(piece)
+    index.add(pieces[0])
+    (size,) = index.classes.values()
+    assert sys.getsizeof(size.buckets) <= sys.getsizeof({0: piece})
+    index.check()
 
 
 def test_wide_search_does_not_try_every_bucket() -> None:

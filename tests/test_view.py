@@ -8,8 +8,9 @@ import errno
 import gc
 import pickle
 import sys
+import types
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from anyio.lowlevel import checkpoint
 
 from aiommap import AsyncMmap, DeadlockError, MmapView, Protection, RegionLock
 
+from .between_steps import between_steps
 from .cancelling import on_asyncio
 from .content import file_of, inc, maps_of, only_linux
 from .fake_kernel import FakeKernel
@@ -458,6 +460,22 @@ async def test_slices_from_before_a_refused_split_are_found_at_close(m: AsyncMma
 
 
 # One task at a time
+
+
+async def test_whose_a_view_is_comes_before_what_it_may(m: AsyncMmap) -> None:
+    """Closed, or another task's, a read-only view says that first."""
+    async with m.view(0, 10) as v:
+
+        async def use() -> None:
+            for call in (v.as_mut_slice, v.mut_ptr):
+                with pytest.raises(BusyResourceError):
+                    call()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(use)
+    for call in (v.as_mut_slice, v.mut_ptr):
+        with pytest.raises(ClosedResourceError, match="the view is closed"):
+            call()
 
 
 async def test_a_view_belongs_to_its_task(m: AsyncMmap) -> None:
@@ -963,6 +981,37 @@ async def test_a_task_may_have_at_once_what_it_dropped(m: AsyncMmap) -> None:
         await m.write_at(offset, bytes(length))
         async with m.view_mut(offset, length), m.view(offset + length, 0):
             pass
+
+
+async def test_what_is_dropped_between_two_steps_of_the_loop(m: AsyncMmap, tmp_path: Path) -> None:
+    """A view gives its region back, and a map closes, in the loop's next turn: who is woken
+    between the steps is overlooked."""
+    dropped = [await m.view_mut(0, 10)]
+    other = await AsyncMmap.open_path(file_of(tmp_path, inc(N)))
+
+    async def use() -> None:
+        async with other:
+            await suspend()
+
+    @types.coroutine
+    def suspend() -> Generator[None, None, None]:
+        yield
+
+    forgotten = use()
+    forgotten.send(None)
+    left: list[object] = []
+
+    def drop() -> None:
+        with pytest.warns(ResourceWarning, match="was dropped without"):
+            dropped.clear()
+        forgotten.close()
+        left.extend((m.statistics().views, other.closed))
+
+    await between_steps(drop)
+    assert left == [1, False]
+    with anyio.fail_after(10):
+        while m.statistics().views or not other.closed:
+            await checkpoint()
 
 
 async def test_views_are_not_copied(m: AsyncMmap) -> None:

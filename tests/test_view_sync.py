@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -229,6 +230,36 @@ async def test_a_dropped_clone_warns_and_the_others_go_on(v: MmapViewSync) -> No
         gc.collect()
     assert v[0] == 0
     v.restrict(0, 10)
+
+
+async def test_handles_dropped_in_threads_are_counted_in_the_loop(m: AsyncMmap) -> None:
+    """Threads that drop the last two at the same time leave both to the map's event loop."""
+    v = await m.into_view_sync()
+    handles = [[v], [v.clone()]]
+    del v
+    threads = [threading.Thread(target=handle.clear) for handle in handles]
+    with pytest.warns(ResourceWarning, match="MmapViewSync") as caught:
+        for thread in threads:
+            thread.start()
+            thread.join()
+    assert len(caught) == 2
+    assert m.statistics().views == 2
+    assert m._core.lock.statistics().held_exclusive == 1
+    with anyio.fail_after(10):
+        while m.statistics().views or m._core.is_mapped:
+            await checkpoint()
+    assert m._core.lock.statistics().held_exclusive == 0
+
+
+async def test_a_clone_that_a_thread_dropped_is_not_in_the_way(v: MmapViewSync) -> None:
+    """Who asks for another shape right afterwards does not meet it any more."""
+    clones = [v.clone()]
+    with pytest.warns(ResourceWarning, match="MmapViewSync"):
+        thread = threading.Thread(target=clones.clear)
+        thread.start()
+        thread.join()
+    v.restrict(0, 10)
+    assert len(v) == 10
 
 
 @only_linux
