@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import CO_COROUTINE
 from types import FrameType
@@ -248,8 +249,11 @@ class ClaimLock:
         self.wake(self.queue.downgrade(claim))
 
     def adopt(self, claim: Claim) -> None:
-        """Have a held claim belong to the current task."""
-        self.queue.hand_over(claim, self._current_task())
+        """Have a held claim belong to the current task, if there is one."""
+        with suppress(RuntimeError):  # trio, between its tasks
+            task = self._current_task()
+            if task is not None:
+                self.queue.hand_over(claim, task)
 
     def hand_to(self, asker: object, claim: Claim, awaitable: object) -> None:
         """

@@ -31,17 +31,19 @@ class RegionLease(Uncopyable):
     :meth:`RegionLock.exclusive`, and from :meth:`split_at`. Ends with :meth:`release`, or with
     the end of the ``async with`` block it was made or entered in. It may be released by any
     task of its event loop, but counts as a hold of one: the one that got it, or that entered
-    it last (``async with lease:``), which is how another task takes it over.
+    it last (``async with lease:``), which is how another task takes it over. A half of a split
+    goes to the first that uses it in any other way, too.
 
     A lease that is dropped without being released frees its range and issues a
     :exc:`ResourceWarning`.
     """
 
-    __slots__ = ("__weakref__", "_claim", "_lock")
+    __slots__ = ("__weakref__", "_claim", "_lock", "_split_off")
 
-    def __init__(self, lock: ClaimLock, claim: Claim) -> None:
+    def __init__(self, lock: ClaimLock, claim: Claim, *, split_off: bool = False) -> None:
         self._lock = lock
         self._claim: Claim | None = claim
+        self._split_off = split_off  # and not used since
 
     @property
     def start(self) -> int:
@@ -82,8 +84,8 @@ class RegionLease(Uncopyable):
         """
         Cut the lease in two at ``n``, in the lock's own coordinates; this one ends.
 
-        Each half counts as a hold of this lease's task until another one enters it. Not a
-        checkpoint; nobody else gets in between.
+        Each half counts as a hold of this lease's task until another one enters or uses it.
+        Not a checkpoint; nobody else gets in between.
 
         :param n: from ``start`` to ``stop``, both included (then one half is empty)
         :return: leases of ``[start, n)`` and ``[n, stop)``
@@ -91,13 +93,16 @@ class RegionLease(Uncopyable):
         :raises RuntimeError: if the lease has ended, or in another thread or event loop
         """
         self._lock.check_thread()
-        claim = self._held()
+        claim = self._used()
         n = as_int(n, "n")
         if not claim.start <= n <= claim.stop:
             raise ValueError(f"cannot split [{claim.start}, {claim.stop}) at {n}, which is outside")
         self._claim = None
         left, right = self._lock.split(claim, n)
-        return RegionLease(self._lock, left), RegionLease(self._lock, right)
+        return (
+            RegionLease(self._lock, left, split_off=True),
+            RegionLease(self._lock, right, split_off=True),
+        )
 
     def restrict(self, start: SupportsIndex, stop: SupportsIndex) -> None:
         """
@@ -109,7 +114,7 @@ class RegionLease(Uncopyable):
         :raises RuntimeError: if the lease has ended, or in another thread or event loop
         """
         self._lock.check_thread()
-        claim = self._held()
+        claim = self._used()
         start, stop = _check_bounds(start, stop)
         if start < claim.start or stop > claim.stop:
             raise ValueError(
@@ -127,11 +132,12 @@ class RegionLease(Uncopyable):
         :raises RuntimeError: if the lease has ended, or in another thread or event loop
         """
         self._lock.check_thread()
-        self._lock.downgrade(self._held())
+        self._lock.downgrade(self._used())
 
     async def __aenter__(self) -> Self:
         self._lock.check_thread()
         self._lock.adopt(self._held())
+        self._split_off = False
         return self
 
     async def __aexit__(
@@ -149,6 +155,13 @@ class RegionLease(Uncopyable):
         claim = self._claim
         if claim is None:
             raise RuntimeError("this lease has ended: it was released or split")
+        return claim
+
+    def _used(self) -> Claim:
+        claim = self._held()
+        if self._split_off:
+            self._split_off = False
+            self._lock.adopt(claim)
         return claim
 
     def __del__(self) -> None:

@@ -16,7 +16,7 @@ from ._ranges import as_int, check_part
 from ._region_view import RegionView
 from ._typing import Buffer
 from ._uncopyable import Uncopyable
-from ._wait_graph import Claim
+from ._wait_graph import Claim, name_of
 
 _LINE = 4096
 """Bytes that readline() looks at first; doubled until the line ends. A page."""
@@ -227,7 +227,7 @@ class MmapView(View):
         if task is not self._owner or task is None:
             core.check_loop()
             if task is None or not (self._owner is None or self._was_taken_for_another()):
-                raise BusyResourceError("using")
+                raise self._busy()
             self._owner = task
             core.lock.adopt(claim)
         return claim
@@ -240,6 +240,15 @@ class MmapView(View):
         ``asyncio.gather()``, ``asyncio.wait_for()`` before Python 3.12.
         """
         return self._owner is self._taker and self._core.loop.has_ended(self._owner)
+
+    def _busy(self) -> BusyResourceError:
+        error = BusyResourceError("using")
+        whose = "no task yet" if self._owner is None else name_of(self._owner)
+        error.add_note(
+            f"{self!r} belongs to {whose}, and this is another one or none: take a view in the "
+            f"task that uses it, or hand over parts with split_at()"
+        )
+        return error
 
     def _part(self, claim: Claim, offset: int, length: int) -> MmapView:
         return MmapView(self._core, claim, offset, length, None, self._writable)
@@ -313,6 +322,7 @@ class ViewOpening(Uncopyable):
         claim = view._claim
         assert claim is not None
         view._core.lock.hand_to(self._asker, claim, self)
+        view._owner = view._taker = claim.owner
         return view
 
     if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ._ranges import LARGEST_OFFSET
+
 NEW, WAITING, HELD, GONE = range(4)
 """The states of a claim, in the order it goes through them."""
 
@@ -108,7 +110,9 @@ class Claim:
 
 def spell(claim: Claim) -> str:
     """The claim's range and mode, for messages."""
-    return f"[{claim.start}, {claim.stop}) {'exclusive' if claim.exclusive else 'shared'}"
+    everything = claim.start == 0 and claim.stop == LARGEST_OFFSET
+    where = "everything" if everything else f"[{claim.start}, {claim.stop})"
+    return f"{where} {'exclusive' if claim.exclusive else 'shared'}"
 
 
 def name_of(owner: object) -> str:
@@ -272,7 +276,7 @@ def spell_own(claim: Claim, hold: Claim) -> str:
     """The message for a request that conflicts with its own task's hold."""
     return (
         f"deadlock: {name_of(claim.owner)} asks for {spell(claim)} and holds {spell(hold)} "
-        f"itself; release it first, or use the lease it has"
+        f"itself; release it first, or use what it holds"
     )
 
 

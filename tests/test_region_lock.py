@@ -861,6 +861,38 @@ async def test_a_child_that_was_just_started_takes_its_half_over_first() -> None
         assert_unused(lock)
 
 
+@pytest.mark.parametrize("use", ["downgrade", "restrict", "split_at"])
+async def test_a_half_is_whose_task_uses_it_first(use: str) -> None:
+    """Not only who enters it: any use but its release. What that task then asks for in conflict
+    with it is an error and no wait; and the one that split may wait for it."""
+    lock = RegionLock()
+    half, other = (await lock.exclusive(0, 20)).split_at(10)
+    other.release()
+    used = anyio.Event()
+
+    async def work() -> None:
+        parts = [half]
+        if use == "downgrade":
+            half.downgrade()
+        elif use == "restrict":
+            half.restrict(0, 5)
+        else:
+            parts = list(half.split_at(5))
+        with anyio.fail_after(20), pytest.raises(DeadlockError, match="itself"):
+            await lock.exclusive(0, 1)
+        used.set()
+        await until(lambda: lock.statistics().waiting == 1)
+        for part in parts:
+            part.release()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(work)
+        await used.wait()
+        async with lock.exclusive(0, 20):
+            pass
+    assert_unused(lock)
+
+
 async def test_nobody_comes_for_the_half() -> None:
     """A half that no other task takes over is the splitter's own hold: DeadlockError."""
     lock = RegionLock()

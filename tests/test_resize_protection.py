@@ -325,7 +325,7 @@ async def test_an_own_view(tmp_path: Path, change: Change) -> None:
     async with AsyncMmap.open_path(file_of(tmp_path, inc(N)), "r+") as m:
         for view in (m.view(0, 1), m.view_mut(N - 1, 1)):
             async with view as v:
-                with pytest.raises(DeadlockError, match="holds"):
+                with pytest.raises(DeadlockError, match="asks for everything exclusive and holds"):
                     await change(m)
                 assert len(v) == 1
         assert describe(m) == (N, WRITE)

@@ -1234,6 +1234,26 @@ async def test_taken_by_a_task_around_the_await(m: AsyncMmap, way: str, used: bo
 
 
 @on_asyncio
+async def test_what_gather_took_is_the_askers(m: AsyncMmap) -> None:
+    """From the start: a third task cannot take it before the one that asked has used it."""
+    (v,) = await asyncio.gather(m.view_mut(0, 10))
+    error = await catch(lambda: v[0])
+    assert isinstance(error, BusyResourceError)
+    assert v[0] == 0
+    await v.aclose()
+
+
+async def test_the_error_of_another_task_says_whose_it_is(m: AsyncMmap) -> None:
+    """anyio's error names nobody; a note does, and says what to do instead."""
+    async with m.view_mut(3, 10) as v:
+        error = await catch(lambda: v[0])
+    assert error is not None
+    (note,) = error.__notes__
+    for word in ("MmapView of bytes 3 to 13", "belongs to task", "split_at()"):
+        assert word in note
+
+
+@on_asyncio
 async def test_asked_for_by_one_task_and_used_by_another(m: AsyncMmap) -> None:
     """A view that asyncio took in a task of its own belongs to the first task that uses it."""
 
